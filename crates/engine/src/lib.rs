@@ -1,0 +1,1 @@
+//! What a hypervisor offers a virtual machine monitor.

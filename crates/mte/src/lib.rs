@@ -1,0 +1,2 @@
+//! The architecture of Arm's Memory Tagging Extension.
+#![no_std]

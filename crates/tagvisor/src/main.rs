@@ -1,0 +1,3 @@
+//! `tagvisor`: runs Arm virtual machines whose memory tags survive.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! `cargo xtask`: the lab, the demo, the tests and the benchmarks.
+
+fn main() {}
