@@ -1,3 +1,82 @@
-//! `tagvisor`: runs Arm virtual machines whose memory tags survive.
+//! `tagvisor`: runs Arm virtual machines whose memory tags survive everything that happens to the machine.
 
-fn main() {}
+// On other machines the program only says where it would run. Its parts are compiled and tested there all the same.
+#![cfg_attr(not(target_arch = "aarch64"), allow(dead_code))]
+
+mod check;
+mod configuration;
+#[cfg(target_arch = "aarch64")]
+mod life;
+mod name;
+mod run;
+mod signals;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Runs Arm virtual machines whose memory tags survive everything that happens to the machine.
+///
+/// A guest with the Memory Tagging Extension (MTE) has a 4-bit tag for every 16 bytes of its memory
+/// and checks it on every access. Tagvisor gives Linux guests MTE under KVM on arm64 hosts.
+#[derive(Parser)]
+#[command(name = "tagvisor", version, max_term_width = 100, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Begin with `tagvisor check`: it says what this host can do. Then, with the kernel of any arm64 distribution:
+
+  tagvisor run --kernel /boot/vmlinuz --initrd initrd.cpio --cmdline 'console=ttyS0' --memory 1G
+
+The environment variable TAGVISOR_LOG sets what is logged to standard error (error, warn, info, debug).";
+
+/// What to say where there is nothing that machines could run on.
+#[cfg(not(target_arch = "aarch64"))]
+const NOT_AN_ARM_HOST: &str = "machines run on arm64 hosts with KVM, and this is another kind of machine; \
+     `cargo xtask host` emulates such a host on it";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Says what this host can do, what that means, and how to get what is missing.
+    Check(check::Args),
+    /// Starts a machine and runs it to its end.
+    Run(Box<run::Args>),
+}
+
+fn main() -> ExitCode {
+    // A reader who leaves early (`tagvisor check | head`) ends us as any other program, not by a panic.
+    signals::restore_broken_pipe();
+    init_log();
+    let result = match Cli::parse().command {
+        Command::Check(args) => check::check(&args),
+        Command::Run(args) => run::run(*args),
+    };
+    result.unwrap_or_else(|e| {
+        eprintln!("tagvisor: {e}");
+        ExitCode::FAILURE
+    })
+}
+
+fn init_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("TAGVISOR_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,7 +1,474 @@
 //! Guest memory.
+//!
+//! RAM is one range of guest-physical addresses. Where the host allows it, a memory file stands
+//! behind it, mapped twice: the *data mapping* (shared, not `PROT_MTE`) is the memslot and all that
+//! devices, loaders and a debugger see, so that no access of theirs is ever tag-checked (seed 000);
+//! the *tag mapping* (`PROT_MTE`) is touched by LDG and STG alone. Hosts before Linux 6.2 refuse
+//! shared memory to a guest with MTE (seed 001): there it is private anonymous memory, and tags are
+//! reached by the engine's bulk copy. [`tags`] has the two ways behind one trait.
 
+pub mod tags;
+
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use engine::{Capabilities, Memslot};
+use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+
+use crate::layout::{PAGE_SIZE, RAM_START};
 
 /// Guest memory as the devices see it: the data mapping, never tag-checked, with the bitmap of
-/// pages that the VMM itself wrote (KVM's dirty log knows only what the guest wrote).
+/// pages that the monitor itself wrote (the host's dirty log knows only what the guest wrote).
 pub type GuestRam = vm_memory::GuestMemoryMmap<AtomicBitmap>;
+
+const HUGE_PAGE_SIZE: u64 = 2 << 20;
+/// `PROT_MTE`: the mapping has tags (Linux `arch/arm64/include/uapi/asm/mman.h`).
+const PROT_MTE: libc::c_int = 0x20;
+
+/// How the monitor reaches the tags of guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TagAccess {
+    /// The tag mapping where the host allows it, else the bulk copy.
+    #[default]
+    Auto,
+    /// A second mapping of the same memory, read and written with LDG and STG.
+    Alias,
+    /// The engine's bulk copy (`KVM_ARM_MTE_COPY_TAGS`): one byte a tag, serialised by the host,
+    /// refused into a guest while its writes are logged.
+    Ioctl,
+}
+
+/// How a guest's tags are reached in fact.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TagMethod {
+    /// By the tag mapping.
+    Alias,
+    /// By the bulk copy.
+    Ioctl,
+}
+
+/// What stands behind guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// A memory file, mapped shared; otherwise private anonymous memory.
+    pub memory_file: bool,
+    /// In pages of 2 MiB.
+    pub huge_pages: bool,
+    /// How tags are reached; `None` without MTE.
+    pub tags: Option<TagMethod>,
+}
+
+/// Why guest memory could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The size is no whole number of pages.
+    #[error("memory of {size} bytes: it must be a multiple of {page} bytes{}", if *.page == HUGE_PAGE_SIZE { " with huge pages" } else { "" })]
+    Size {
+        /// Bytes asked for.
+        size: u64,
+        /// The page's size.
+        page: u64,
+    },
+    /// `--tag-access alias` where the host cannot.
+    #[error(
+        "--tag-access alias: this host's kernel refuses shared memory to a guest with MTE (it is older than Linux 6.2), so there is \
+         nothing a second mapping could be made of; use --tag-access ioctl or auto"
+    )]
+    AliasUnsupported,
+    /// Huge pages for a guest with MTE where the host cannot.
+    #[error(
+        "huge pages: this host's kernel refuses them to a guest with MTE (it is older than Linux 6.13); run without --huge-pages or with --mte off"
+    )]
+    HugePagesUnsupported,
+    /// Huge pages and the bulk copy of tags.
+    #[error(
+        "huge pages with --tag-access ioctl: Linux marks a whole huge page as tagged after the copy wrote one small page of it, \
+         so tags could be lost; use --tag-access alias, or run without --huge-pages"
+    )]
+    HugePagesWithIoctl,
+    /// The host refused.
+    #[error("{size} MiB of guest memory: {step}: {source}{hint}")]
+    Host {
+        /// MiB asked for.
+        size: u64,
+        /// What was tried.
+        step: &'static str,
+        /// What the host said.
+        source: io::Error,
+        /// What the user can do, if that is known.
+        hint: &'static str,
+    },
+}
+
+impl MemoryPlan {
+    /// Chooses what stands behind the memory of a guest on this host.
+    ///
+    /// # Errors
+    /// What was asked for cannot be had here, with the reason.
+    pub fn choose(
+        host: &Capabilities,
+        mte: bool,
+        access: TagAccess,
+        huge_pages: bool,
+    ) -> Result<Self, Error> {
+        let Some(support) = host.mte.filter(|_| mte) else {
+            return Ok(Self {
+                memory_file: true,
+                huge_pages,
+                tags: None,
+            });
+        };
+        if huge_pages && !support.huge_pages {
+            return Err(Error::HugePagesUnsupported);
+        }
+        let method = match access {
+            TagAccess::Alias if !support.shared_memory => return Err(Error::AliasUnsupported),
+            TagAccess::Auto if !support.shared_memory => TagMethod::Ioctl,
+            TagAccess::Auto | TagAccess::Alias => TagMethod::Alias,
+            TagAccess::Ioctl => TagMethod::Ioctl,
+        };
+        if huge_pages && method == TagMethod::Ioctl {
+            return Err(Error::HugePagesWithIoctl);
+        }
+        Ok(Self {
+            memory_file: support.shared_memory,
+            huge_pages,
+            tags: Some(method),
+        })
+    }
+}
+
+/// The RAM of a machine.
+pub struct GuestMemory {
+    ram: Arc<GuestRam>,
+    size: u64,
+    host_address: NonNull<u8>,
+    tag_mapping: Option<TagMapping>,
+}
+
+// SAFETY: the addresses are of mappings that live as long as this value; access to them is through
+// vm-memory's volatile operations and the tag instructions, both of which allow concurrency.
+unsafe impl Send for GuestMemory {}
+// SAFETY: as above.
+unsafe impl Sync for GuestMemory {}
+
+impl GuestMemory {
+    /// RAM of `size` bytes as planned. It is not populated: untouched pages cost nothing.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn new(size: u64, plan: MemoryPlan) -> Result<Self, Error> {
+        let page = if plan.huge_pages {
+            HUGE_PAGE_SIZE
+        } else {
+            PAGE_SIZE.max(host_page_size())
+        };
+        if size == 0 || !size.is_multiple_of(page) {
+            return Err(Error::Size { size, page });
+        }
+        let host = |step, source| Error::Host {
+            size: size >> 20,
+            step,
+            source,
+            hint: hint(plan),
+        };
+        let file = plan
+            .memory_file
+            .then(|| memory_file(size, plan.huge_pages))
+            .transpose()
+            .map_err(|e| host("making a memory file", e))?;
+        let tag_mapping = match (&file, plan.tags) {
+            (Some(file), Some(TagMethod::Alias)) => {
+                let mapping =
+                    TagMapping::of(file, size).map_err(|e| host("mapping its tags", e))?;
+                Some(mapping)
+            }
+            _ => None,
+        };
+        let region = map_data(size, file).map_err(|e| host("mapping it", e))?;
+        let host_address = NonNull::new(region.as_ptr())
+            .ok_or_else(|| host("mapping it", io::ErrorKind::OutOfMemory.into()))?;
+        let region = GuestRegionMmap::new(region, GuestAddress(RAM_START))
+            .ok_or_else(|| host("placing it", io::ErrorKind::InvalidInput.into()))?;
+        let ram = GuestRam::from_regions(vec![region])
+            .map_err(|e| host("placing it", io::Error::other(e)))?;
+        Ok(Self {
+            ram: Arc::new(ram),
+            size,
+            host_address,
+            tag_mapping,
+        })
+    }
+
+    /// The data mapping.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// Bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The memslot that gives all of RAM to the guest.
+    pub fn memslot(&self) -> Memslot {
+        Memslot {
+            slot: 0,
+            ipa: RAM_START,
+            size: self.size,
+            host_address: self.host_address,
+            log_dirty: false,
+            read_only: false,
+        }
+    }
+
+    /// The tag mapping, where there is one.
+    pub fn tag_mapping(&self) -> Option<&TagMapping> {
+        self.tag_mapping.as_ref()
+    }
+}
+
+fn hint(plan: MemoryPlan) -> &'static str {
+    if plan.huge_pages {
+        "; are as many huge pages reserved? (/proc/sys/vm/nr_hugepages, 2 MiB each)"
+    } else {
+        ""
+    }
+}
+
+fn map_data(size: u64, file: Option<File>) -> io::Result<vm_memory::MmapRegion<AtomicBitmap>> {
+    let length = usize::try_from(size).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    let page = NonZeroUsize::new(PAGE_SIZE as usize).ok_or(io::ErrorKind::InvalidInput)?;
+    let builder = MmapRegionBuilder::new_with_bitmap(length, AtomicBitmap::new(length, page))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    let builder = match file {
+        Some(file) => builder
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::new(file, 0)),
+        None => {
+            builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        }
+    };
+    builder.build().map_err(io::Error::other)
+}
+
+fn memory_file(size: u64, huge_pages: bool) -> io::Result<File> {
+    let mut flags = libc::MFD_CLOEXEC;
+    if huge_pages {
+        flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+    }
+    // SAFETY: the name is a C string; the call has no other demands.
+    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made and nobody else has it.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.set_len(size)?;
+    Ok(file)
+}
+
+/// The page size of this host's kernel.
+pub fn host_page_size() -> u64 {
+    // SAFETY: a query without demands.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(size).unwrap_or(PAGE_SIZE)
+}
+
+/// A `PROT_MTE` mapping of guest memory, for tag instructions alone. Reading or writing data
+/// through it could be tag-checked, and is done nowhere.
+pub struct TagMapping {
+    address: NonNull<u8>,
+    size: usize,
+}
+
+// SAFETY: tag instructions are atomic to each granule, whichever thread executes them.
+unsafe impl Send for TagMapping {}
+// SAFETY: as above.
+unsafe impl Sync for TagMapping {}
+
+impl TagMapping {
+    /// Maps the tags of the first `size` bytes of a memory file.
+    ///
+    /// # Errors
+    /// The host has no MTE for this process, or cannot map.
+    pub fn of(file: &File, size: u64) -> io::Result<Self> {
+        let size = usize::try_from(size).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a new mapping where the kernel likes replaces nothing.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE | PROT_MTE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        match NonNull::new(address.cast()) {
+            Some(mapped) if address != libc::MAP_FAILED => Ok(Self {
+                address: mapped,
+                size,
+            }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// First byte of the mapping.
+    pub fn address(&self) -> NonNull<u8> {
+        self.address
+    }
+
+    /// Bytes of memory mapped.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+}
+
+impl Drop for TagMapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `of` with this size, and nothing refers to it any more.
+        unsafe { libc::munmap(self.address.as_ptr().cast(), self.size) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use engine::MteSupport;
+    use mte::MteFeatures;
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    fn host(mte: Option<(bool, bool)>) -> Capabilities {
+        Capabilities {
+            ipa_bits: 40,
+            max_vcpus: 8,
+            max_memslots: 32,
+            mte: mte.map(|(shared_memory, huge_pages)| MteSupport {
+                features: MteFeatures::from_id_registers(0x300, 0),
+                shared_memory,
+                huge_pages,
+            }),
+            sve: false,
+            pointer_authentication: false,
+            pmu: false,
+            aarch32_el1: false,
+            gic_v3: true,
+        }
+    }
+
+    const NEW: Option<(bool, bool)> = Some((true, true));
+    const LINUX_6_12: Option<(bool, bool)> = Some((true, false));
+    const LINUX_6_1: Option<(bool, bool)> = Some((false, false));
+
+    #[test]
+    fn tags_are_reached_by_the_alias_where_the_host_allows_shared_memory() {
+        let plan = MemoryPlan::choose(&host(LINUX_6_12), true, TagAccess::Auto, false).unwrap();
+        assert_eq!(
+            plan,
+            MemoryPlan {
+                memory_file: true,
+                huge_pages: false,
+                tags: Some(TagMethod::Alias)
+            }
+        );
+    }
+
+    #[test]
+    fn an_old_host_gets_private_memory_and_the_bulk_copy() {
+        let plan = MemoryPlan::choose(&host(LINUX_6_1), true, TagAccess::Auto, false).unwrap();
+        assert_eq!(
+            plan,
+            MemoryPlan {
+                memory_file: false,
+                huge_pages: false,
+                tags: Some(TagMethod::Ioctl)
+            }
+        );
+    }
+
+    #[test]
+    fn the_alias_is_refused_on_an_old_host() {
+        let error =
+            MemoryPlan::choose(&host(LINUX_6_1), true, TagAccess::Alias, false).unwrap_err();
+        assert!(matches!(error, Error::AliasUnsupported));
+    }
+
+    #[test]
+    fn the_bulk_copy_can_be_forced() {
+        let plan = MemoryPlan::choose(&host(NEW), true, TagAccess::Ioctl, false).unwrap();
+        assert_eq!(plan.tags, Some(TagMethod::Ioctl));
+    }
+
+    #[test]
+    fn huge_pages_with_mte_are_refused_before_linux_6_13() {
+        let error = MemoryPlan::choose(&host(LINUX_6_12), true, TagAccess::Auto, true).unwrap_err();
+        assert!(matches!(error, Error::HugePagesUnsupported));
+    }
+
+    #[test]
+    fn huge_pages_with_the_bulk_copy_are_refused() {
+        let error = MemoryPlan::choose(&host(NEW), true, TagAccess::Ioctl, true).unwrap_err();
+        assert!(matches!(error, Error::HugePagesWithIoctl));
+    }
+
+    #[test]
+    fn a_guest_without_mte_has_no_tags_and_may_have_huge_pages_anywhere() {
+        let plan = MemoryPlan::choose(&host(None), false, TagAccess::Auto, true).unwrap();
+        assert_eq!(
+            plan,
+            MemoryPlan {
+                memory_file: true,
+                huge_pages: true,
+                tags: None
+            }
+        );
+    }
+
+    #[test]
+    fn memory_that_is_no_multiple_of_a_page_is_refused() {
+        let plan = MemoryPlan {
+            memory_file: true,
+            huge_pages: false,
+            tags: None,
+        };
+        let error = GuestMemory::new((64 << 20) + 1, plan).err().unwrap();
+        assert!(
+            error
+                .to_string()
+                .contains("must be a multiple of 4096 bytes"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn fresh_memory_reads_as_zero_and_what_the_monitor_writes_is_marked_dirty() {
+        use vm_memory::bitmap::Bitmap;
+        use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+        let plan = MemoryPlan {
+            memory_file: true,
+            huge_pages: false,
+            tags: None,
+        };
+        let memory = GuestMemory::new(4 << 20, plan).unwrap();
+        let address = GuestAddress(RAM_START + 3 * PAGE_SIZE);
+
+        let before: u64 = memory.ram().read_obj(address).unwrap();
+        memory.ram().write_obj(1u64, address).unwrap();
+
+        let region = memory.ram().find_region(address).unwrap();
+        assert_eq!(before, 0);
+        assert!(region.bitmap().dirty_at(3 * PAGE_SIZE as usize));
+        assert!(!region.bitmap().dirty_at(2 * PAGE_SIZE as usize));
+    }
+}

@@ -1,0 +1,240 @@
+//! A machine: built from its configuration, run to its end, taken down in order.
+
+mod assembly;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+
+use engine::{Hypervisor, SystemEvent, Vcpu, Vm, VmBuilder};
+use mte::{MteFeatures, MteLevel};
+
+use crate::config::MachineConfig;
+use crate::console::Console;
+use crate::memory::GuestMemory;
+use crate::terminal::Command;
+use crate::vcpu::{VcpuEvent, VcpuThreads};
+use crate::virtio::mmio::MmioTransport;
+use crate::{boot, console, memory, virtio};
+
+/// Why a machine could not be built, or could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Neither a kernel nor a payload, or both.
+    #[error("{0}")]
+    Boot(&'static str),
+    /// The hypervisor refused.
+    #[error(transparent)]
+    Engine(#[from] engine::Error),
+    /// The host has another MTE level than the one asked for.
+    #[error(
+        "--mte {}: the guest is to have exactly that level, this host offers {offered}; KVM shows every guest the \
+         host's own level, so run it on another host, or with --mte on or --mte off", level_number(*.wanted)
+    )]
+    MteLevel {
+        /// The level asked for.
+        wanted: MteLevel,
+        /// What the host offers.
+        offered: MteFeatures,
+    },
+    /// No vCPU, or too many.
+    #[error("{wanted} CPUs: this host gives a guest 1 to {offered}")]
+    Cpus {
+        /// How many were asked for.
+        wanted: u32,
+        /// How many there can be.
+        offered: u32,
+    },
+    /// Too many virtio devices.
+    #[error("{wanted} disks, network interfaces and the like: a machine has room for {offered}")]
+    TooManyDevices {
+        /// How many were asked for.
+        wanted: usize,
+        /// How many there can be.
+        offered: u32,
+    },
+    /// The host's interrupt controller is too old.
+    #[error(
+        "this host's interrupt controller is no GICv3, and Tagvisor has no other for its guests; no CPU with MTE has an older one"
+    )]
+    NoGicV3,
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The guest's kernel or payload.
+    #[error(transparent)]
+    Load(#[from] boot::Error),
+    /// The device tree.
+    #[error("device tree: {0}; is there a zero byte in --cmdline?")]
+    DeviceTree(vm_fdt::Error),
+    /// The device tree does not fit.
+    #[error(
+        "the device tree takes {size} bytes, more than the {} kept for it; is --cmdline very long?",
+        boot::DEVICE_TREE_SIZE
+    )]
+    DeviceTreeTooLarge {
+        /// Its size in bytes.
+        size: usize,
+    },
+    /// The console.
+    #[error(transparent)]
+    Console(#[from] console::Error),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] virtio::block::DiskError),
+    /// A network interface.
+    #[error(transparent)]
+    Net(#[from] virtio::net::NetError),
+    /// Another virtio device.
+    #[error(transparent)]
+    Virtio(#[from] virtio::Error),
+    /// Something else of the host's.
+    #[error("{step}: {source}")]
+    Host {
+        /// What was tried.
+        step: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+fn level_number(level: MteLevel) -> u8 {
+    match level {
+        MteLevel::None => 0,
+        MteLevel::Mte1 => 1,
+        MteLevel::Mte2 => 2,
+        MteLevel::Mte3 => 3,
+    }
+}
+
+/// How a machine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest switched it off.
+    Off,
+    /// The guest reset it.
+    Reset,
+    /// The guest's kernel reported a crash.
+    Crash,
+    /// The user or a signal asked for it.
+    Asked,
+}
+
+enum Event {
+    Vcpu(VcpuEvent),
+    Quit,
+}
+
+/// Asks a machine to end, from any thread.
+#[derive(Clone)]
+pub struct Quitter(Sender<Event>);
+
+impl Quitter {
+    /// Asks the machine to end. It then stops its vCPUs, completes what its devices have begun,
+    /// and flushes its disks. Nothing happens if it has ended already.
+    pub fn quit(&self) {
+        let _ = self.0.send(Event::Quit);
+    }
+}
+
+/// A machine.
+///
+/// Dropping it stops the vCPUs, then the devices, and takes the memory from the guest before it is unmapped.
+pub struct Machine<H: Hypervisor> {
+    /// `None` only while the machine is taken down.
+    vcpus: Option<VcpuThreads<VcpuOf<H>>>,
+    virtio: Vec<Arc<MmioTransport>>,
+    events: Receiver<Event>,
+    sender: Sender<Event>,
+    mte: Option<MteFeatures>,
+    vm: Arc<VmOf<H>>,
+    memory: GuestMemory,
+    // The last to go: the terminal stays raw until nothing writes to it any more.
+    _console: Console,
+}
+
+type VmOf<H> = <<H as Hypervisor>::VmBuilder as VmBuilder>::Vm;
+type VcpuOf<H> = <VmOf<H> as Vm>::Vcpu;
+
+impl<H: Hypervisor> Machine<H>
+where
+    VcpuOf<H>: Vcpu + 'static,
+{
+    /// Builds the machine. Its vCPUs stand at the guest's first instruction.
+    ///
+    /// # Errors
+    /// See [`Error`]. Nothing is left behind.
+    pub fn new(hypervisor: &H, config: &MachineConfig) -> Result<Self, Error> {
+        let (sender, events) = mpsc::channel();
+        let quit = Quitter(sender.clone());
+        let on_command = move |command| {
+            if command == Command::Quit {
+                quit.quit();
+            }
+        };
+        let parts = assembly::assemble(hypervisor, config, on_command)?;
+        let report = sender.clone();
+        let vcpus = VcpuThreads::start(parts.vcpus, &parts.bus, move |event| {
+            let _ = report.send(Event::Vcpu(event));
+        })
+        .map_err(|source| Error::Host {
+            step: "starting the vCPU threads",
+            source,
+        })?;
+        Ok(Self {
+            vcpus: Some(vcpus),
+            virtio: parts.virtio,
+            events,
+            sender,
+            mte: parts.mte,
+            vm: parts.vm,
+            memory: parts.memory,
+            _console: parts.console,
+        })
+    }
+
+    /// A handle by which other threads end the machine.
+    pub fn quitter(&self) -> Quitter {
+        Quitter(self.sender.clone())
+    }
+
+    /// The MTE that the guest sees.
+    pub fn mte(&self) -> Option<MteFeatures> {
+        self.mte
+    }
+
+    /// The guest's RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Runs the guest to the machine's end.
+    ///
+    /// # Errors
+    /// A vCPU cannot run on.
+    pub fn run(&mut self) -> Result<Ending, Error> {
+        if let Some(vcpus) = &self.vcpus {
+            vcpus.resume();
+        }
+        // The channel cannot close: `sender` keeps it open.
+        match self.events.recv() {
+            Ok(Event::Vcpu(VcpuEvent::System(SystemEvent::Off))) => Ok(Ending::Off),
+            Ok(Event::Vcpu(VcpuEvent::System(SystemEvent::Reset))) => Ok(Ending::Reset),
+            Ok(Event::Vcpu(VcpuEvent::System(SystemEvent::Crash))) => Ok(Ending::Crash),
+            Ok(Event::Vcpu(VcpuEvent::Failed(e))) => Err(e.into()),
+            Ok(Event::Quit) | Err(_) => Ok(Ending::Asked),
+        }
+    }
+}
+
+impl<H: Hypervisor> Drop for Machine<H> {
+    fn drop(&mut self) {
+        drop(self.vcpus.take());
+        for device in &self.virtio {
+            device.pause();
+        }
+        if let Err(e) = self.vm.delete_memslot(self.memory.memslot().slot) {
+            tracing::warn!("{e}");
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! Tags of guest memory, reached from outside of the guest.
+//!
+//! [`TagStore`] reads and writes packed tag pages by one of two ways: [`AliasTags`] with LDG and STG
+//! on the tag mapping, with no lock and no system call, and [`CopiedTags`] with the engine's bulk
+//! copy. Both give the same tags.
+
+use std::sync::Arc;
+
+use engine::{TagCopyError, Vm};
+use mte::TagPage;
+
+use super::GuestMemory;
+use crate::layout::{PAGE_SIZE, RAM_START};
+
+/// Why tags could not be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The pages are not guest memory.
+    #[error("{pages} pages at guest address {ipa:#x}: not whole pages of the guest's memory")]
+    Range {
+        /// First guest-physical address.
+        ipa: u64,
+        /// How many pages of 4 KiB.
+        pages: usize,
+    },
+    /// The engine's copy failed.
+    #[error(transparent)]
+    Copy(#[from] TagCopyError),
+}
+
+/// The tags of guest memory, a packed page at a time.
+pub trait TagStore: Send + Sync {
+    /// Reads the tags of the `tags.len()` pages of 4 KiB from `ipa` on. The guest may be running.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    fn read(&self, ipa: u64, tags: &mut [TagPage]) -> Result<(), Error>;
+
+    /// Writes the tags of the `tags.len()` pages of 4 KiB from `ipa` on. Data stay as they are.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    fn write(&self, ipa: u64, tags: &[TagPage]) -> Result<(), Error>;
+}
+
+/// The offset into RAM of `pages` pages at `ipa`.
+fn offset_in_ram(memory: &GuestMemory, ipa: u64, pages: usize) -> Result<u64, Error> {
+    let outside = || Error::Range { ipa, pages };
+    let offset = ipa.checked_sub(RAM_START).ok_or_else(outside)?;
+    let size = (pages as u64).checked_mul(PAGE_SIZE).ok_or_else(outside)?;
+    let end = offset.checked_add(size).ok_or_else(outside)?;
+    if end > memory.size() || !offset.is_multiple_of(PAGE_SIZE) {
+        return Err(outside());
+    }
+    Ok(offset)
+}
+
+/// Tags reached by the tag mapping.
+#[cfg(target_arch = "aarch64")]
+pub struct AliasTags {
+    memory: Arc<GuestMemory>,
+    instructions: mte::aarch64::Instructions,
+}
+
+#[cfg(target_arch = "aarch64")]
+impl AliasTags {
+    /// Tags of memory that has a tag mapping, on a host whose programs have MTE. `None` otherwise.
+    pub fn new(memory: Arc<GuestMemory>) -> Option<Self> {
+        memory.tag_mapping()?;
+        // SAFETY: a query without demands.
+        let hwcap2 = unsafe { libc::getauxval(libc::AT_HWCAP2) };
+        // SAFETY: the value is what the kernel gave this process.
+        let instructions = unsafe { mte::aarch64::Instructions::from_hwcap2(hwcap2) }?;
+        Some(Self {
+            memory,
+            instructions,
+        })
+    }
+
+    /// Where the tags of `pages` pages at `ipa` are in the tag mapping.
+    fn locate(&self, ipa: u64, pages: usize) -> Result<*mut u8, Error> {
+        let offset = offset_in_ram(&self.memory, ipa, pages)?;
+        let mapping = self
+            .memory
+            .tag_mapping()
+            .ok_or(Error::Range { ipa, pages })?;
+        // SAFETY: the offset is within RAM, and the mapping is as long as RAM.
+        Ok(unsafe { mapping.address().as_ptr().add(offset as usize) })
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+impl TagStore for AliasTags {
+    fn read(&self, ipa: u64, tags: &mut [TagPage]) -> Result<(), Error> {
+        let first = self.locate(ipa, tags.len())?;
+        // SAFETY: `locate` checked that this many whole pages are within the tag mapping, which
+        // lives as long as `self.memory`.
+        unsafe { self.instructions.read_tag_pages(first, tags) };
+        Ok(())
+    }
+
+    fn write(&self, ipa: u64, tags: &[TagPage]) -> Result<(), Error> {
+        let first = self.locate(ipa, tags.len())?;
+        // SAFETY: as for reading; the mapping is writable.
+        unsafe { self.instructions.write_tag_pages(first, tags) };
+        Ok(())
+    }
+}
+
+/// Tags reached by the engine's bulk copy.
+pub struct CopiedTags<V> {
+    memory: Arc<GuestMemory>,
+    vm: Arc<V>,
+}
+
+/// Pages copied by one call: the host holds a lock of the VM meanwhile.
+const PAGES_A_CALL: usize = 64;
+const GRANULES: usize = PAGE_SIZE as usize / mte::GRANULE_SIZE;
+
+impl<V: Vm> CopiedTags<V> {
+    /// Tags of `memory`, which is RAM of `vm`.
+    pub fn new(memory: Arc<GuestMemory>, vm: Arc<V>) -> Self {
+        Self { memory, vm }
+    }
+}
+
+impl<V: Vm> TagStore for CopiedTags<V> {
+    fn read(&self, mut ipa: u64, tags: &mut [TagPage]) -> Result<(), Error> {
+        offset_in_ram(&self.memory, ipa, tags.len())?;
+        let mut buffer = [0; PAGES_A_CALL * GRANULES];
+        for chunk in tags.chunks_mut(PAGES_A_CALL) {
+            let bytes = &mut buffer[..chunk.len() * GRANULES];
+            copy_whole(ipa, bytes.len(), |ipa, done| {
+                self.vm.copy_tags_from_guest(ipa, &mut bytes[done..])
+            })?;
+            for (page, tags) in chunk.iter_mut().zip(bytes.as_chunks::<GRANULES>().0) {
+                *page = TagPage::pack(tags);
+            }
+            ipa += chunk.len() as u64 * PAGE_SIZE;
+        }
+        Ok(())
+    }
+
+    fn write(&self, mut ipa: u64, tags: &[TagPage]) -> Result<(), Error> {
+        offset_in_ram(&self.memory, ipa, tags.len())?;
+        for chunk in tags.chunks(PAGES_A_CALL) {
+            let bytes: Vec<u8> = chunk.iter().flat_map(TagPage::unpack).collect();
+            copy_whole(ipa, bytes.len(), |ipa, done| {
+                self.vm.copy_tags_to_guest(ipa, &bytes[done..])
+            })?;
+            ipa += chunk.len() as u64 * PAGE_SIZE;
+        }
+        Ok(())
+    }
+}
+
+/// Calls `copy` until all `granules` tags from `ipa` on are copied: the host may stop short, and
+/// says why only when it is asked for the rest.
+fn copy_whole(
+    ipa: u64,
+    granules: usize,
+    mut copy: impl FnMut(u64, usize) -> engine::TagCopyResult,
+) -> Result<(), Error> {
+    let mut done = 0;
+    while done < granules {
+        let at = ipa + (done * mte::GRANULE_SIZE) as u64;
+        match copy(at, done)? as usize / mte::GRANULE_SIZE {
+            0 => return Err(TagCopyError::NoMemory { ipa: at }.into()),
+            copied => done += copied,
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::MemoryPlan;
+
+    fn memory() -> GuestMemory {
+        let plan = MemoryPlan {
+            memory_file: true,
+            huge_pages: false,
+            tags: None,
+        };
+        GuestMemory::new(16 * PAGE_SIZE, plan).unwrap()
+    }
+
+    #[test]
+    fn only_whole_pages_of_ram_have_an_offset() {
+        let memory = memory();
+        let offset = |ipa, pages| offset_in_ram(&memory, ipa, pages).ok();
+        assert_eq!(offset(RAM_START, 16), Some(0));
+        assert_eq!(offset(RAM_START + 15 * PAGE_SIZE, 1), Some(15 * PAGE_SIZE));
+        assert_eq!(offset(RAM_START, 17), None);
+        assert_eq!(offset(RAM_START + 8, 1), None);
+        assert_eq!(offset(RAM_START - PAGE_SIZE, 1), None);
+        assert_eq!(offset(u64::MAX - 4095, usize::MAX), None);
+    }
+
+    #[test]
+    fn a_copy_that_stops_short_is_continued_where_it_stopped() {
+        let mut calls = Vec::new();
+        copy_whole(0x1000, 3 * GRANULES, |ipa, done| {
+            calls.push((ipa, done));
+            Ok(PAGE_SIZE)
+        })
+        .unwrap();
+        assert_eq!(
+            calls,
+            [(0x1000, 0), (0x2000, GRANULES), (0x3000, 2 * GRANULES)]
+        );
+    }
+
+    #[test]
+    fn a_copy_that_makes_no_progress_is_an_error_and_not_an_endless_loop() {
+        assert!(copy_whole(0x1000, GRANULES, |_, _| Ok(0)).is_err());
+    }
+}

@@ -1,0 +1,140 @@
+//! The user's terminal as the guest's console.
+//!
+//! In raw mode every key goes to the guest, Ctrl-C among them. One key is kept back: after
+//! Ctrl-], the next key is for Tagvisor ([`Escape`]).
+
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+/// Standard input in raw mode. Dropping it gives the terminal back as it was.
+pub struct RawMode {
+    saved: libc::termios,
+}
+
+impl RawMode {
+    /// Puts standard input into raw mode. `None` if it is no terminal.
+    ///
+    /// # Errors
+    /// The terminal refuses.
+    pub fn enter() -> io::Result<Option<Self>> {
+        let stdin = io::stdin();
+        if !stdin.is_terminal() {
+            return Ok(None);
+        }
+        let saved = attributes(stdin.as_fd())?;
+        let mut raw = saved;
+        // SAFETY: changes fields of the structure and nothing else.
+        unsafe { libc::cfmakeraw(&raw mut raw) };
+        // Messages of our own still begin at the left margin.
+        raw.c_oflag |= libc::OPOST | libc::ONLCR;
+        set_attributes(stdin.as_fd(), &raw)?;
+        Ok(Some(Self { saved }))
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        if let Err(e) = set_attributes(io::stdin().as_fd(), &self.saved) {
+            tracing::warn!("cannot restore the terminal: {e}");
+        }
+    }
+}
+
+fn attributes(terminal: BorrowedFd<'_>) -> io::Result<libc::termios> {
+    let mut attributes = std::mem::MaybeUninit::uninit();
+    // SAFETY: the structure is writable; the call fills it or fails.
+    if unsafe { libc::tcgetattr(terminal.as_raw_fd(), attributes.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call above succeeded and filled it.
+    Ok(unsafe { attributes.assume_init() })
+}
+
+fn set_attributes(terminal: BorrowedFd<'_>, attributes: &libc::termios) -> io::Result<()> {
+    // SAFETY: reads a whole structure.
+    match unsafe { libc::tcsetattr(terminal.as_raw_fd(), libc::TCSANOW, attributes) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// What the user asks of Tagvisor rather than of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// End the machine.
+    Quit,
+    /// Say which keys there are.
+    Help,
+}
+
+/// Ctrl-].
+const ESCAPE: u8 = 0x1d;
+
+/// What to tell a user who asks for help, and at the start.
+pub const HELP: &str = "Ctrl-] q ends the machine, Ctrl-] Ctrl-] sends Ctrl-] to the guest";
+
+/// Tells the user's keys for Tagvisor from those for the guest.
+#[derive(Debug, Default)]
+pub struct Escape {
+    escaped: bool,
+}
+
+impl Escape {
+    /// Takes input apart: what is for the guest is appended to `guest`, the last command is returned.
+    pub fn filter(&mut self, input: &[u8], guest: &mut Vec<u8>) -> Option<Command> {
+        let mut command = None;
+        for &byte in input {
+            match (self.escaped, byte) {
+                (false, ESCAPE) => self.escaped = true,
+                (false, byte) => guest.push(byte),
+                (true, byte) => {
+                    self.escaped = false;
+                    match byte {
+                        b'q' => command = Some(Command::Quit),
+                        ESCAPE => guest.push(ESCAPE),
+                        _ => command = command.or(Some(Command::Help)),
+                    }
+                }
+            }
+        }
+        command
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filtered(inputs: &[&[u8]]) -> (Vec<u8>, Vec<Option<Command>>) {
+        let mut escape = Escape::default();
+        let mut guest = Vec::new();
+        let commands = inputs
+            .iter()
+            .map(|input| escape.filter(input, &mut guest))
+            .collect();
+        (guest, commands)
+    }
+
+    #[test]
+    fn ordinary_keys_and_ctrl_c_go_to_the_guest() {
+        assert_eq!(filtered(&[b"ls\r\x03"]), (b"ls\r\x03".to_vec(), vec![None]));
+    }
+
+    #[test]
+    fn escape_and_q_end_the_machine_even_in_two_reads() {
+        assert_eq!(
+            filtered(&[b"a\x1d", b"qb"]),
+            (b"ab".to_vec(), vec![None, Some(Command::Quit)])
+        );
+    }
+
+    #[test]
+    fn the_escape_key_twice_is_one_for_the_guest() {
+        assert_eq!(filtered(&[b"\x1d\x1d"]), (vec![ESCAPE], vec![None]));
+    }
+
+    #[test]
+    fn any_other_key_after_the_escape_asks_for_help() {
+        assert_eq!(filtered(&[b"\x1dx"]), (vec![], vec![Some(Command::Help)]));
+    }
+}

@@ -1,0 +1,337 @@
+//! vCPU threads.
+//!
+//! Each vCPU runs on a thread of its own until it is told to stop. What the machine wants of it
+//! ([`RunState`]) stands in a [`Gate`]; changing it interrupts every vCPU, and a vCPU looks at the
+//! gate whenever it comes back with [`Exit::Interrupted`]: at that moment nothing of an earlier
+//! exit is left unfinished, so a paused vCPU is whole.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use engine::{Exit, Interrupter, SystemEvent, Vcpu};
+
+use crate::bus::Bus;
+
+/// What the machine wants of its vCPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// Run the guest.
+    Running,
+    /// Wait, whole, outside of the guest.
+    Paused,
+    /// End the thread.
+    Stopped,
+}
+
+/// Why a vCPU's thread has something to say.
+#[derive(Debug)]
+pub enum VcpuEvent {
+    /// The guest asked something of the machine. The vCPU waits for the gate to change.
+    System(SystemEvent),
+    /// The vCPU cannot run on.
+    Failed(engine::Error),
+}
+
+/// Where the machine says what it wants of its vCPUs, and where they wait.
+pub struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+    parked: Condvar,
+}
+
+struct GateState {
+    wanted: RunState,
+    /// How many vCPUs wait here.
+    parked: usize,
+}
+
+impl Gate {
+    /// A gate that lets nobody pass yet.
+    pub fn closed() -> Self {
+        Self {
+            state: Mutex::new(GateState {
+                wanted: RunState::Paused,
+                parked: 0,
+            }),
+            changed: Condvar::new(),
+            parked: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says what is wanted from now on. vCPUs that are in the guest must be interrupted to notice.
+    fn set(&self, wanted: RunState) {
+        self.lock().wanted = wanted;
+        self.changed.notify_all();
+    }
+
+    /// Lets nobody back into the guest, unless the threads are to end anyway.
+    fn close(&self) {
+        let mut state = self.lock();
+        if state.wanted == RunState::Running {
+            state.wanted = RunState::Paused;
+        }
+    }
+
+    /// Waits until the guest may run (true) or the thread is to end (false).
+    fn pass(&self) -> bool {
+        let mut state = self.lock();
+        if state.wanted == RunState::Paused {
+            state.parked += 1;
+            self.parked.notify_all();
+            state = self
+                .changed
+                .wait_while(state, |state| state.wanted == RunState::Paused)
+                .unwrap_or_else(PoisonError::into_inner);
+            state.parked -= 1;
+        }
+        state.wanted == RunState::Running
+    }
+
+    /// Waits until `count` vCPUs are parked.
+    fn wait_parked(&self, count: usize) {
+        let _state = self
+            .parked
+            .wait_while(self.lock(), |state| state.parked < count)
+            .unwrap_or_else(PoisonError::into_inner);
+    }
+}
+
+/// The vCPU threads of a machine.
+pub struct VcpuThreads<V: Vcpu> {
+    gate: Arc<Gate>,
+    interrupters: Vec<V::Interrupter>,
+    threads: Vec<JoinHandle<V>>,
+}
+
+impl<V: Vcpu + 'static> VcpuThreads<V> {
+    /// Starts a thread a vCPU, `tv-vcpu0` and on. They wait until [`VcpuThreads::resume`].
+    ///
+    /// # Errors
+    /// The host cannot start a thread.
+    pub fn start(
+        vcpus: Vec<V>,
+        bus: &Arc<Bus>,
+        report: impl Fn(VcpuEvent) + Clone + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let gate = Arc::new(Gate::closed());
+        let mut started = Self {
+            gate: gate.clone(),
+            interrupters: vcpus.iter().map(Vcpu::interrupter).collect(),
+            threads: Vec::with_capacity(vcpus.len()),
+        };
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let (gate, bus, report) = (gate.clone(), bus.clone(), report.clone());
+            let thread = thread::Builder::new()
+                .name(format!("tv-vcpu{index}"))
+                .spawn(move || run(vcpu, &gate, &bus, report))?;
+            started.threads.push(thread);
+        }
+        Ok(started)
+    }
+
+    /// Lets the vCPUs run.
+    pub fn resume(&self) {
+        self.gate.set(RunState::Running);
+    }
+
+    /// Stops the vCPUs where they are, and returns when all of them wait.
+    pub fn pause(&self) {
+        self.request(RunState::Paused);
+        self.gate.wait_parked(self.threads.len());
+    }
+
+    /// Ends the threads and gives the vCPUs back, in order, without those whose threads panicked.
+    pub fn stop(mut self) -> Vec<V> {
+        self.end()
+    }
+}
+
+impl<V: Vcpu> VcpuThreads<V> {
+    fn request(&self, wanted: RunState) {
+        self.gate.set(wanted);
+        for interrupter in &self.interrupters {
+            interrupter.interrupt();
+        }
+    }
+
+    fn end(&mut self) -> Vec<V> {
+        self.request(RunState::Stopped);
+        self.threads
+            .drain(..)
+            .filter_map(|thread| thread.join().ok())
+            .collect()
+    }
+}
+
+impl<V: Vcpu> Drop for VcpuThreads<V> {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn run<V: Vcpu>(mut vcpu: V, gate: &Gate, bus: &Bus, report: impl Fn(VcpuEvent)) -> V {
+    while gate.pass() {
+        if let Some(event) = run_until_interrupted(&mut vcpu, bus) {
+            gate.close();
+            report(event);
+        }
+    }
+    vcpu
+}
+
+/// Runs the guest until somebody wants this vCPU, or it has something to say.
+fn run_until_interrupted(vcpu: &mut impl Vcpu, bus: &Bus) -> Option<VcpuEvent> {
+    loop {
+        match vcpu.run() {
+            Ok(Exit::MmioRead { ipa, data }) => bus.read(ipa, data),
+            Ok(Exit::MmioWrite { ipa, data }) => bus.write(ipa, data),
+            Ok(Exit::Interrupted) => return None,
+            Ok(Exit::System(event)) => return Some(VcpuEvent::System(event)),
+            Err(e) => return Some(VcpuEvent::Failed(e)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use engine::{Ppi, RegisterId, RegisterList};
+
+    use super::*;
+
+    /// A vCPU that counts how often it ran, and asks for the machine's end after `off_after` runs.
+    struct Counter {
+        runs: Arc<AtomicU64>,
+        off_after: u64,
+        interrupted: Flag,
+    }
+
+    #[derive(Clone, Default)]
+    struct Flag(Arc<AtomicBool>);
+
+    impl Interrupter for Flag {
+        fn interrupt(&self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    impl Counter {
+        fn new(off_after: u64) -> (Self, Arc<AtomicU64>) {
+            let runs = Arc::new(AtomicU64::new(0));
+            let vcpu = Self {
+                runs: runs.clone(),
+                off_after,
+                interrupted: Flag::default(),
+            };
+            (vcpu, runs)
+        }
+    }
+
+    impl Vcpu for Counter {
+        type Interrupter = Flag;
+
+        fn run(&mut self) -> engine::Result<Exit<'_>> {
+            if self.interrupted.0.swap(false, Ordering::SeqCst) {
+                return Ok(Exit::Interrupted);
+            }
+            let runs = self.runs.fetch_add(1, Ordering::SeqCst) + 1;
+            if runs == self.off_after {
+                return Ok(Exit::System(SystemEvent::Off));
+            }
+            Ok(Exit::MmioWrite { ipa: 0, data: &[0] })
+        }
+        fn interrupter(&self) -> Flag {
+            self.interrupted.clone()
+        }
+        fn init_pmu(&self, _: Ppi) -> engine::Result<()> {
+            Ok(())
+        }
+        fn registers(&self) -> engine::Result<RegisterList> {
+            Ok(Vec::new())
+        }
+        fn register(&self, _: RegisterId, _: &mut [u8]) -> engine::Result<()> {
+            Ok(())
+        }
+        fn set_register(&self, _: RegisterId, _: &[u8]) -> engine::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn started(
+        off_after: u64,
+    ) -> (
+        VcpuThreads<Counter>,
+        Arc<AtomicU64>,
+        mpsc::Receiver<VcpuEvent>,
+    ) {
+        let (vcpu, runs) = Counter::new(off_after);
+        let (sender, events) = mpsc::channel();
+        let threads = VcpuThreads::start(vec![vcpu], &Arc::default(), move |event| {
+            sender.send(event).unwrap();
+        })
+        .unwrap();
+        (threads, runs, events)
+    }
+
+    fn wait_for_more_runs(runs: &AtomicU64) {
+        let before = runs.load(Ordering::SeqCst);
+        while runs.load(Ordering::SeqCst) == before {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_vcpu_does_not_run_before_it_is_resumed() {
+        let (threads, runs, _events) = started(u64::MAX);
+        let vcpus = threads.stop();
+        assert_eq!(runs.load(Ordering::SeqCst), 0);
+        assert_eq!(vcpus.len(), 1);
+    }
+
+    #[test]
+    fn a_paused_vcpu_does_not_run_until_it_is_resumed() {
+        let (threads, runs, _events) = started(u64::MAX);
+        threads.resume();
+        wait_for_more_runs(&runs);
+
+        threads.pause();
+        let paused_at = runs.load(Ordering::SeqCst);
+        thread::sleep(Duration::from_millis(20));
+        let later = runs.load(Ordering::SeqCst);
+        threads.resume();
+        wait_for_more_runs(&runs);
+
+        assert_eq!(paused_at, later);
+    }
+
+    #[test]
+    fn a_vcpu_that_asks_for_the_machines_end_is_heard_once_and_waits() {
+        let (threads, runs, events) = started(100);
+        threads.resume();
+
+        let event = events.recv_timeout(Duration::from_secs(10)).unwrap();
+        threads.pause();
+
+        assert!(matches!(event, VcpuEvent::System(SystemEvent::Off)));
+        assert_eq!(runs.load(Ordering::SeqCst), 100);
+        assert!(events.try_recv().is_err());
+    }
+
+    #[test]
+    fn threads_that_are_dropped_end() {
+        let (threads, runs, events) = started(u64::MAX);
+        threads.resume();
+        wait_for_more_runs(&runs);
+
+        drop(threads);
+
+        assert!(matches!(events.recv(), Err(mpsc::RecvError)));
+    }
+}

@@ -1,0 +1,326 @@
+//! The raw image behind a disk: a file or a block device, opened, checked and locked.
+//!
+//! The locks are those of QEMU, so that either program keeps out the other: open file description
+//! locks on single bytes, one for each thing done to the image and one for each thing that nobody
+//! else may do (`RAW_LOCK_PERM_BASE`, `RAW_LOCK_SHARED_BASE` in QEMU's block/file-posix.c). One writer, or
+//! any number of readers. The locks end with the file descriptor, however the process ends.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::DiskError;
+
+/// The unit of virtio-blk's sector numbers and lengths, in bytes (virtio 1.2, 5.2.4).
+pub const SECTOR_SIZE: u64 = 512;
+
+/// The first byte of the locks that say what is done to the image.
+const LOCK_DOES: i64 = 100;
+/// The first byte of the locks that say what nobody else may do.
+const LOCK_FORBIDS: i64 = 200;
+/// QEMU's permissions, as bits: what a lock byte stands for.
+const READ: u8 = 1 << 0;
+const WRITE: u8 = 1 << 1;
+const RESIZE: u8 = 1 << 3;
+
+/// What the guest may do to an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read it; others may read it too.
+    ReadOnly,
+    /// Read and write it, alone.
+    ReadWrite,
+}
+
+impl Access {
+    pub(super) fn purpose(self) -> &'static str {
+        match self {
+            Access::ReadOnly => "reading",
+            Access::ReadWrite => "writing",
+        }
+    }
+
+    pub(super) fn alternative(self) -> &'static str {
+        match self {
+            Access::ReadOnly => "",
+            Access::ReadWrite => ", or attach the image read-only",
+        }
+    }
+
+    /// What is done to the image.
+    fn does(self) -> u8 {
+        match self {
+            Access::ReadOnly => READ,
+            Access::ReadWrite => READ | WRITE,
+        }
+    }
+
+    /// What nobody else may do meanwhile.
+    fn forbids(self) -> u8 {
+        WRITE | RESIZE
+    }
+}
+
+/// A raw disk image, open and locked.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    sectors: u64,
+    access: Access,
+}
+
+impl Image {
+    /// Opens the image at `path` and locks it.
+    ///
+    /// # Errors
+    /// It cannot be opened, is no image, is not a whole and non-zero number of sectors, or is in use.
+    pub fn open(path: &Path, access: Access) -> Result<Self, DiskError> {
+        let file = open_file(path, access)?;
+        check_kind(path, &file, access)?;
+        lock(path, &file, access)?;
+        let sectors = count_sectors(path, &file, access)?;
+        warn_of_other_formats(path, &file);
+        Ok(Image {
+            file,
+            sectors,
+            access,
+        })
+    }
+
+    /// The size in sectors of [`SECTOR_SIZE`] bytes.
+    pub fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// What the guest may do to it.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// The open file.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Brings everything written to the medium.
+    ///
+    /// # Errors
+    /// The medium's. What was written since the last flush may be lost.
+    pub fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Gives up the content of a range in bytes, where the file can: it then reads as zeroes.
+    ///
+    /// # Errors
+    /// The file system's, except that it cannot: then the content stays, as virtio allows.
+    pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.punch_hole(offset, len).map(|_punched| ())
+    }
+
+    /// Makes a range in bytes read as zeroes; `unmap` allows to give its space back.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        if unmap && self.punch_hole(offset, len)? {
+            return Ok(());
+        }
+        let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+        if self.fallocate(mode, offset, len)? {
+            return Ok(());
+        }
+        self.overwrite_with_zeroes(offset, len)
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<bool> {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        self.fallocate(mode, offset, len)
+    }
+
+    /// Changes how a range is allocated; `false` where the file cannot.
+    fn fallocate(&self, mode: i32, offset: u64, len: u64) -> io::Result<bool> {
+        let offset = to_off_t(offset)?;
+        let len = to_off_t(len)?;
+        loop {
+            // SAFETY: the descriptor is open; no memory is passed.
+            let result = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset, len) };
+            if result == 0 {
+                return Ok(true);
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                // EINVAL: a block device whose own sectors are larger than the range's alignment.
+                Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => return Ok(false),
+                _ => return Err(error),
+            }
+        }
+    }
+
+    pub(super) fn overwrite_with_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+
+        static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+        let mut done = 0;
+        while done < len {
+            let count = (len - done).min(ZEROES.len() as u64);
+            self.file
+                .write_all_at(&ZEROES[..count as usize], offset + done)?;
+            done += count;
+        }
+        Ok(())
+    }
+}
+
+fn open_file(path: &Path, access: Access) -> Result<File, DiskError> {
+    OpenOptions::new()
+        .read(true)
+        .write(access == Access::ReadWrite)
+        // A pipe without a writer must not hold up the start.
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|source| {
+            let path = path.to_owned();
+            match source.kind() {
+                io::ErrorKind::NotFound => DiskError::Missing { path },
+                io::ErrorKind::PermissionDenied => DiskError::Permission { path, access },
+                io::ErrorKind::IsADirectory => DiskError::Kind {
+                    path,
+                    kind: "a directory",
+                },
+                _ => DiskError::Open {
+                    path,
+                    access,
+                    source,
+                },
+            }
+        })
+}
+
+fn check_kind(path: &Path, file: &File, access: Access) -> Result<(), DiskError> {
+    let metadata = file.metadata().map_err(|source| DiskError::Open {
+        path: path.to_owned(),
+        access,
+        source,
+    })?;
+    let file_type = metadata.file_type();
+    if file_type.is_file() || file_type.is_block_device() {
+        return Ok(());
+    }
+    let kind = if file_type.is_dir() {
+        "a directory"
+    } else if file_type.is_char_device() {
+        "a character device"
+    } else {
+        "a pipe or a socket"
+    };
+    Err(DiskError::Kind {
+        path: path.to_owned(),
+        kind,
+    })
+}
+
+fn count_sectors(path: &Path, mut file: &File, access: Access) -> Result<u64, DiskError> {
+    // The end of a block device is its size too, which its metadata do not tell.
+    let size = file
+        .seek(SeekFrom::End(0))
+        .map_err(|source| DiskError::Open {
+            path: path.to_owned(),
+            access,
+            source,
+        })?;
+    let path = path.to_owned();
+    match (size / SECTOR_SIZE, size % SECTOR_SIZE) {
+        (0, 0) => Err(DiskError::Empty { path }),
+        (sectors, 0) => Ok(sectors),
+        _ => Err(DiskError::Unaligned { path, size }),
+    }
+}
+
+/// A guest may have any bytes on its disk, so a foreign header is no error; but it is rarely meant.
+fn warn_of_other_formats(path: &Path, mut file: &File) {
+    let mut magic = [0; 4];
+    let read = file
+        .seek(SeekFrom::Start(0))
+        .and_then(|_| file.read_exact(&mut magic));
+    if read.is_ok() && &magic == b"QFI\xfb" {
+        tracing::warn!(
+            "disk image {path:?} begins like a qcow2 image, but is given to the guest as it is (raw); \
+             `qemu-img convert -O raw` converts it"
+        );
+    }
+}
+
+/// Takes the locks first and looks for those of others then: of two that start at the same
+/// moment, both may be refused, but never both be let in.
+fn lock(path: &Path, file: &File, access: Access) -> Result<(), DiskError> {
+    let fail = |source: io::Error| DiskError::Lock {
+        path: path.to_owned(),
+        source,
+    };
+    let locked = || DiskError::Locked {
+        path: path.to_owned(),
+        access,
+    };
+    let mine = bytes_of(LOCK_DOES, access.does()).chain(bytes_of(LOCK_FORBIDS, access.forbids()));
+    for byte in mine {
+        if !share_byte(file, byte).map_err(fail)? {
+            return Err(locked());
+        }
+    }
+    let conflicts =
+        bytes_of(LOCK_FORBIDS, access.does()).chain(bytes_of(LOCK_DOES, access.forbids()));
+    for byte in conflicts {
+        if is_held_by_others(file, byte).map_err(fail)? {
+            return Err(locked());
+        }
+    }
+    Ok(())
+}
+
+fn bytes_of(base: i64, permissions: u8) -> impl Iterator<Item = i64> {
+    (0..8)
+        .filter(move |bit| permissions & (1 << bit) != 0)
+        .map(move |bit| base + bit)
+}
+
+/// Takes a shared lock on one byte; `false` where another holds it exclusively.
+fn share_byte(file: &File, byte: i64) -> io::Result<bool> {
+    match lock_call(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte) {
+        Ok(_) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn is_held_by_others(file: &File, byte: i64) -> io::Result<bool> {
+    let found = lock_call(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte)?;
+    Ok(found != libc::F_UNLCK)
+}
+
+/// One lock call on one byte; returns the lock type the kernel leaves.
+fn lock_call(file: &File, command: i32, lock_type: i32, byte: i64) -> io::Result<i32> {
+    let mut flock = libc::flock {
+        l_type: lock_type as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: byte,
+        l_len: 1,
+        // The kernel wants zero with open file description locks.
+        l_pid: 0,
+    };
+    // SAFETY: the descriptor is open, and these two commands read and write one flock.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut flock) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(i32::from(flock.l_type))
+}
+
+fn to_off_t(value: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(value).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
