@@ -30,6 +30,4 @@ pub enum SystemEvent {
     Off,
     /// `SYSTEM_RESET` or `SYSTEM_RESET2`.
     Reset,
-    /// The guest's kernel reports that it crashed.
-    Crash,
 }

@@ -8,6 +8,27 @@
 //! interrupt controller, and copies tags in bulk. A vCPU runs on the thread that calls
 //! [`Vcpu::run`] until it needs the monitor's help: an [`Exit`].
 //!
+//! ```compile_fail
+//! # fn f(hypervisor: &impl engine::Hypervisor) -> engine::Result<()> {
+//! use engine::{Vm, VmBuilder};
+//! let vm = hypervisor.new_vm(40)?.build()?;
+//! let vcpu = vm.create_vcpu(0, engine::VcpuFeatures::default())?;
+//! vm.enable_mte()?; // too late: no such method
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! ```
+//! # fn f(hypervisor: &impl engine::Hypervisor) -> engine::Result<()> {
+//! use engine::{Vm, VmBuilder};
+//! let mut builder = hypervisor.new_vm(40)?;
+//! builder.enable_mte()?;
+//! let vm = builder.build()?;
+//! let vcpu = vm.create_vcpu(0, engine::VcpuFeatures::default())?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! The traits speak of guest memory, registers and interrupts, never of file descriptors or
 //! ioctls, so that a hypervisor other than Linux KVM can stand behind them. [`kvm`] is KVM on arm64.
 
@@ -71,7 +92,7 @@ pub trait Vm: Send + Sync + 'static {
     /// Whether the VM was built with MTE.
     fn has_mte(&self) -> bool;
 
-    /// Maps host memory into the guest, or changes or moves the memslot of the same number.
+    /// Maps host memory into the guest, or moves the memslot of the same number or changes its flags.
     ///
     /// # Safety
     /// `memslot.host_address` must be the start of at least `memslot.size` bytes of mapped memory
@@ -101,7 +122,7 @@ pub trait Vm: Send + Sync + 'static {
     /// [`Error::Gic`] if the host has no GICv3 to give or refuses the layout.
     fn create_gic(&self, layout: &GicLayout) -> Result<()>;
 
-    /// Drives the line of a level-triggered shared peripheral interrupt.
+    /// Drives the line of a shared peripheral interrupt. The guest decides whether its level or its rising edge counts.
     ///
     /// # Errors
     /// [`Error::Host`] if the interrupt controller does not exist.
@@ -128,8 +149,8 @@ pub trait Vm: Send + Sync + 'static {
     /// bit a host page, lowest address in bit 0 of the first word. The log is cleared.
     ///
     /// # Errors
-    /// [`Error::DirtyLog`] if the slot does not log writes.
-    fn take_dirty_log(&self, slot: u32, size: u64) -> Result<Vec<u64>>;
+    /// [`Error::DirtyLog`] if there is no such slot, or it does not log writes.
+    fn take_dirty_log(&self, slot: u32) -> Result<Vec<u64>>;
 }
 
 /// What a vCPU is made with.
@@ -172,7 +193,8 @@ pub trait Vcpu: Send {
     /// [`Error::Vcpu`] if the vCPU was made without a PMU.
     fn init_pmu(&self, interrupt: Ppi) -> Result<()>;
 
-    /// Every register that is state of this vCPU, in the order in which they can be restored.
+    /// Every register that the host names as state of this vCPU. Whether it runs at all (PSCI), and
+    /// exceptions waiting to be taken, are state besides.
     ///
     /// # Errors
     /// [`Error::Register`] if the host refuses.

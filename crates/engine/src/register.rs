@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-/// The registers of a vCPU, in the order in which they can be restored.
+/// The registers of a vCPU, in the order in which the host names them.
 pub type RegisterList = Vec<RegisterId>;
 
 /// The name of one register.

@@ -1,66 +1,83 @@
 //! The life of a machine, through its guest's resets to its end.
 
-use std::process::ExitCode;
+#[cfg(test)]
+mod tests;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use engine::kvm::KvmHypervisor;
+use engine::{Hypervisor, Vm, VmBuilder};
 use vmm::config::MachineConfig;
-use vmm::machine::{Ending, Machine, Quitter};
+use vmm::console::Console;
+use vmm::machine::{Ending, Error, Machine, StopHandle};
+use vmm::virtio::net::MacAddr;
 
-use crate::run::{CRASHED, ENDED_FROM_OUTSIDE};
-use crate::signals::EndingSignals;
-
-/// Runs a machine, and a new one whenever its guest resets it.
+/// Runs a machine, and a new one whenever its guest resets it, until `shutdown` is asked for.
 ///
 /// # Errors
 /// It cannot be built, or cannot go on.
-pub fn run(
-    hypervisor: &KvmHypervisor,
+pub fn run<H: Hypervisor>(
+    hypervisor: &H,
     config: &MachineConfig,
-    signals: EndingSignals,
-) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let end = End::default();
-    let on_signal = end.clone();
-    signals.on_each(move || on_signal.ask())?;
-    loop {
-        let mut machine = Machine::new(hypervisor, config)?;
-        end.is_for(machine.quitter());
+    shutdown: &ShutdownRequest,
+) -> Result<Ending, Error>
+where
+    <<H::VmBuilder as VmBuilder>::Vm as Vm>::Vcpu: 'static,
+{
+    let config = with_addresses(config);
+    let mut console = Console::open(&config.console)?;
+    while !shutdown.is_asked() {
+        let mut machine = Machine::new(hypervisor, &config, &mut console)?;
+        shutdown.attach(machine.stop_handle());
         match machine.run()? {
             Ending::Reset if !config.no_reboot => tracing::info!("the guest reset the machine"),
-            Ending::Off | Ending::Reset => return Ok(ExitCode::SUCCESS),
-            Ending::Crash => return Ok(CRASHED.into()),
-            Ending::Asked => return Ok(ENDED_FROM_OUTSIDE.into()),
+            ending => return Ok(ending),
         }
     }
+    Ok(Ending::Asked)
+}
+
+/// The configuration with an address for each network interface, so that a reset does not change it.
+fn with_addresses(config: &MachineConfig) -> MachineConfig {
+    let mut config = config.clone();
+    for net in &mut config.net {
+        net.mac.get_or_insert_with(MacAddr::random);
+    }
+    config
 }
 
 /// The wish that it all end, which a signal can bring while one machine is gone and the next not yet there.
 #[derive(Clone, Default)]
-struct End(Arc<Mutex<EndState>>);
+pub struct ShutdownRequest(Arc<Mutex<ShutdownState>>);
 
 #[derive(Default)]
-struct EndState {
+struct ShutdownState {
     asked: bool,
-    machine: Option<Quitter>,
+    machine: Option<StopHandle>,
 }
 
-impl End {
-    fn lock(&self) -> MutexGuard<'_, EndState> {
+impl ShutdownRequest {
+    fn lock(&self) -> MutexGuard<'_, ShutdownState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn ask(&self) {
+    /// Stops the machine that there is, and any that is still to come.
+    pub fn ask(&self) {
         let mut state = self.lock();
         state.asked = true;
         if let Some(machine) = &state.machine {
-            machine.quit();
+            machine.stop();
         }
     }
 
-    fn is_for(&self, machine: Quitter) {
+    fn is_asked(&self) -> bool {
+        self.lock().asked
+    }
+
+    /// Names the machine to stop, in the place of the one before.
+    fn attach(&self, machine: StopHandle) {
         let mut state = self.lock();
         if state.asked {
-            machine.quit();
+            machine.stop();
         }
         state.machine = Some(machine);
     }

@@ -5,12 +5,12 @@
 
 mod check;
 mod configuration;
-#[cfg(target_arch = "aarch64")]
 mod life;
 mod name;
 mod run;
 mod signals;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -47,15 +47,19 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    // A reader who leaves early (`tagvisor check | head`) ends us as any other program, not by a panic.
-    signals::restore_broken_pipe();
     init_log();
     let result = match Cli::parse().command {
-        Command::Check(args) => check::check(&args),
+        Command::Check(args) => {
+            // A reader who leaves early (`tagvisor check | head`) ends us as any other program, not by a panic.
+            // It does not end a machine that runs.
+            signals::restore_broken_pipe();
+            check::check(&args)
+        }
         Command::Run(args) => run::run(*args),
     };
     result.unwrap_or_else(|e| {
-        eprintln!("tagvisor: {e}");
+        // `eprintln!` panics where nobody reads standard error.
+        let _ = writeln!(std::io::stderr(), "tagvisor: {e}");
         ExitCode::FAILURE
     })
 }
@@ -68,6 +72,8 @@ fn init_log() {
         .with_writer(std::io::stderr)
         .without_time()
         .with_target(false)
+        // They would go to standard error as well, by a panic.
+        .log_internal_errors(false)
         .init();
 }
 

@@ -3,10 +3,12 @@
 //! A machine that runs holds the lock of a file in the runtime directory, `NAME/lock` in
 //! `/run/tagvisor` or, for an ordinary user, `$XDG_RUNTIME_DIR/tagvisor`. The kernel drops the lock
 //! when the program dies, however it dies, so what a killed machine left behind is in nobody's way.
+//! The file goes with the machine, so the lock counts only while the file that is locked is the one
+//! that is there ([`is_at`]).
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Why a name cannot be had.
@@ -24,7 +26,7 @@ pub enum Error {
         holder: String,
     },
     /// The runtime directory cannot be used.
-    #[error("cannot use the runtime directory {path}: {source}")]
+    #[error("cannot use the runtime directory {path}: {source}{}", remedy(.source))]
     Directory {
         /// Which directory or file.
         path: PathBuf,
@@ -40,11 +42,20 @@ fn process(holder: &str) -> String {
     }
 }
 
+fn remedy(source: &io::Error) -> &'static str {
+    match source.kind() {
+        ErrorKind::PermissionDenied => {
+            "; set XDG_RUNTIME_DIR to a directory of your own, or run this as root"
+        }
+        _ => "",
+    }
+}
+
 /// A name, held. Dropping it gives it back.
 #[derive(Debug)]
 pub struct Name {
     directory: PathBuf,
-    _lock: File,
+    lock: File,
 }
 
 impl Name {
@@ -53,10 +64,11 @@ impl Name {
     /// # Errors
     /// See [`Error`].
     pub fn take(name: &str) -> Result<Self, Error> {
-        Self::take_in(&runtime_directory(), name)
+        Self::take_in(&runtime_directory(), name, || {})
     }
 
-    fn take_in(runtime: &Path, name: &str) -> Result<Self, Error> {
+    /// Takes `name` in the directory `runtime`. `before_lock` is called between opening the file and locking it.
+    fn take_in(runtime: &Path, name: &str, mut before_lock: impl FnMut()) -> Result<Self, Error> {
         if !is_valid(name) {
             return Err(Error::Invalid(name.into()));
         }
@@ -65,43 +77,84 @@ impl Name {
             path: directory.clone(),
             source,
         };
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&directory)
-            .map_err(error)?;
-        let path = directory.join("lock");
-        let mut lock = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(error)?;
-        lock.try_lock().map_err(|e| match e {
-            TryLockError::WouldBlock => Error::InUse {
-                name: name.into(),
-                holder: fs::read_to_string(&path).unwrap_or_default(),
-            },
-            TryLockError::Error(source) => error(source),
-        })?;
+        let mut lock = loop {
+            let Some(lock) = open(&directory).map_err(error)? else {
+                continue;
+            };
+            before_lock();
+            lock.try_lock().map_err(|e| match e {
+                TryLockError::WouldBlock => Error::InUse {
+                    name: name.into(),
+                    holder: fs::read_to_string(lock_path(&directory)).unwrap_or_default(),
+                },
+                TryLockError::Error(source) => error(source),
+            })?;
+            if is_at(&lock, &lock_path(&directory)).map_err(error)? {
+                break lock;
+            }
+        };
         lock.set_len(0)
             .and_then(|()| writeln!(lock, "{}", std::process::id()))
             .map_err(error)?;
-        Ok(Self {
-            directory,
-            _lock: lock,
-        })
+        Ok(Self { directory, lock })
+    }
+
+    fn give_back(&self) -> io::Result<()> {
+        // Whoever removed the file left the name to others.
+        if !is_at(&self.lock, &lock_path(&self.directory))? {
+            return Ok(());
+        }
+        fs::remove_file(lock_path(&self.directory))?;
+        match fs::remove_dir(&self.directory) {
+            // The next machine of this name uses it already, or has gone as well.
+            Err(e) if matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::NotFound) => {
+                Ok(())
+            }
+            removed => removed,
+        }
     }
 }
 
 impl Drop for Name {
     fn drop(&mut self) {
         // While the lock is still held, so that nobody else's files are removed.
-        if let Err(e) = fs::remove_dir_all(&self.directory) {
+        if let Err(e) = self.give_back() {
             tracing::warn!("cannot remove {}: {e}", self.directory.display());
         }
+    }
+}
+
+fn lock_path(directory: &Path) -> PathBuf {
+    directory.join("lock")
+}
+
+/// Opens the lock file of a directory, and makes both if need be. `None` if the directory's last
+/// user removed it meanwhile.
+fn open(directory: &Path) -> io::Result<Option<File>> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)?;
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(lock_path(directory));
+    match opened {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        lock => lock.map(Some),
+    }
+}
+
+/// Whether `file` is the one at `path`, and not one that was there before.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+        there => Ok(identity(there?) == identity(file.metadata()?)),
     }
 }
 
@@ -125,14 +178,18 @@ fn runtime_directory() -> PathBuf {
 mod tests {
     use super::*;
 
+    fn take_in(runtime: &tempfile::TempDir, name: &str) -> Result<Name, Error> {
+        Name::take_in(runtime.path(), name, || {})
+    }
+
     #[test]
     fn a_name_is_held_until_it_is_dropped_and_leaves_nothing() {
         let runtime = tempfile::tempdir().unwrap();
-        let first = Name::take_in(runtime.path(), "web").unwrap();
+        let first = take_in(&runtime, "web").unwrap();
 
-        let while_held = Name::take_in(runtime.path(), "web").unwrap_err();
+        let while_held = take_in(&runtime, "web").unwrap_err();
         drop(first);
-        let afterwards = Name::take_in(runtime.path(), "web");
+        let afterwards = take_in(&runtime, "web");
 
         let expected = format!(
             "name `web` is in use: a machine of that name runs as process {}; choose another with --name",
@@ -150,14 +207,66 @@ mod tests {
         fs::create_dir(runtime.path().join("web")).unwrap();
         fs::write(runtime.path().join("web/lock"), "4711\n").unwrap();
 
-        assert!(Name::take_in(runtime.path(), "web").is_ok());
+        assert!(take_in(&runtime, "web").is_ok());
     }
 
     #[test]
     fn names_that_leave_the_directory_or_hide_in_it_are_refused() {
         let runtime = tempfile::tempdir().unwrap();
         let refused = ["", "..", ".x", "a/b", "-x", "a b", &"x".repeat(65)]
-            .map(|name| matches!(Name::take_in(runtime.path(), name), Err(Error::Invalid(_))));
+            .map(|name| matches!(take_in(&runtime, name), Err(Error::Invalid(_))));
         assert_eq!(refused, [true; 7]);
+    }
+
+    #[test]
+    fn a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again() {
+        let runtime = tempfile::tempdir().unwrap();
+        let mut leaving = Some(take_in(&runtime, "web").unwrap());
+
+        let name = Name::take_in(runtime.path(), "web", || drop(leaving.take())).unwrap();
+
+        assert!(is_at(&name.lock, &runtime.path().join("web/lock")).unwrap());
+        assert!(matches!(take_in(&runtime, "web"), Err(Error::InUse { .. })));
+    }
+
+    #[test]
+    fn of_two_who_come_as_a_machine_leaves_one_gets_its_name() {
+        let runtime = tempfile::tempdir().unwrap();
+        let mut leaving = Some(take_in(&runtime, "web").unwrap());
+        let mut quicker = None;
+
+        let slower = Name::take_in(runtime.path(), "web", || {
+            drop(leaving.take());
+            quicker.get_or_insert_with(|| take_in(&runtime, "web").unwrap());
+        });
+
+        assert!(matches!(slower, Err(Error::InUse { .. })));
+        assert!(is_at(&quicker.unwrap().lock, &runtime.path().join("web/lock")).unwrap());
+    }
+
+    #[test]
+    fn a_machine_whose_files_were_removed_leaves_those_of_the_next_alone() {
+        let runtime = tempfile::tempdir().unwrap();
+        let first = take_in(&runtime, "web").unwrap();
+        fs::remove_dir_all(runtime.path().join("web")).unwrap();
+        let second = take_in(&runtime, "web").unwrap();
+
+        drop(first);
+
+        assert!(is_at(&second.lock, &runtime.path().join("web/lock")).unwrap());
+    }
+
+    #[test]
+    fn a_user_without_a_runtime_directory_is_told_what_to_do() {
+        let error = Error::Directory {
+            path: "/run/tagvisor/web".into(),
+            source: ErrorKind::PermissionDenied.into(),
+        };
+
+        assert_eq!(
+            error.to_string(),
+            "cannot use the runtime directory /run/tagvisor/web: permission denied; \
+             set XDG_RUNTIME_DIR to a directory of your own, or run this as root"
+        );
     }
 }

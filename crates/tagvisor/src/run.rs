@@ -6,32 +6,35 @@ use std::process::ExitCode;
 use clap::Args as ClapArgs;
 use vmm::config::{DiskConfig, MachineConfig, MemorySize, MteConfig, NetConfig, PortConfig};
 use vmm::console::ConsoleConfig;
+use vmm::machine::Ending;
 use vmm::memory::TagAccess;
 
 use crate::configuration;
+#[cfg(target_arch = "aarch64")]
+use crate::life;
+use crate::life::ShutdownRequest;
 use crate::name::Name;
 use crate::signals::EndingSignals;
 
-/// The guest's kernel reported a crash.
-pub const CRASHED: u8 = 3;
 /// The machine was ended from outside, before its guest ended it.
-pub const ENDED_FROM_OUTSIDE: u8 = 4;
+const ENDED_FROM_OUTSIDE: u8 = 3;
 
 const EXIT_STATUS: &str = "\
 Exit status:
   0  the guest switched the machine off (or reset it, with --no-reboot)
   1  the machine could not be started, or could not go on; standard error says why
   2  the command line is wrong
-  3  the guest's kernel reported a crash
-  4  the machine was ended from outside: Ctrl-] q, SIGTERM, SIGINT or SIGHUP
+  3  the machine was ended from outside: Ctrl-] q, SIGTERM, SIGINT, SIGHUP or SIGQUIT
+  128 and more: a second of these signals ended Tagvisor at once; its number is added to 128
 
 On a terminal, Ctrl-] q ends the machine; every other key goes to the guest.";
 
-/// What to run. Options given here go before those of the configuration file.
+/// What to run.
 #[derive(ClapArgs)]
 #[command(after_help = EXIT_STATUS)]
 pub struct Args {
-    /// Read the machine from a TOML or JSON (*.json) file; its keys are the long options' names
+    /// Read the machine from a TOML or JSON (*.json) file; its keys are the long options' names.
+    /// Options given beside it go before the file's; disks, nets and ports are added to the file's
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// The machine's name, unique among those that run [default: tagvisor-PID]
@@ -68,14 +71,14 @@ pub struct Args {
     /// The serial console: stdio, off, or file=PATH (output only) [default: stdio]
     #[arg(long, value_name = "WHERE", value_parser = parse_console)]
     console: Option<ConsoleConfig>,
-    /// A disk from a raw image or block device: PATH[,readonly][,id=SERIAL]; may be given again
+    /// A disk from a raw image or block device: PATH[,readonly][,id=SERIAL]; each one given adds a disk
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskConfig>,
-    /// A network interface on an existing tap: TAP[,mac=ADDRESS][,mtu=BYTES]; may be given again
+    /// A network interface on an existing tap: TAP[,mac=ADDRESS][,mtu=BYTES]; each one given adds an interface
     #[arg(long, value_name = "NET")]
     net: Vec<NetConfig>,
     /// A port for talk between host and guest: NAME,socket=PATH; the guest finds
-    /// /dev/virtio-ports/NAME, the host a Unix socket; may be given again
+    /// /dev/virtio-ports/NAME, the host a Unix socket; each one given adds a port
     #[arg(long, value_name = "PORT")]
     port: Vec<PortConfig>,
     /// End, instead of starting over, when the guest resets the machine
@@ -148,24 +151,30 @@ pub fn run(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
     // Before any thread is started: they inherit what is blocked.
     let signals = EndingSignals::block()?;
     let _name = Name::take(config.name.as_deref().unwrap_or(&default_name))?;
-    run_machine(&kvm, &config, signals)
+    let shutdown = ShutdownRequest::default();
+    let on_signal = shutdown.clone();
+    signals.on_first(move || on_signal.ask())?;
+    Ok(match run_machine(&kvm, &config, &shutdown)? {
+        Ending::Off | Ending::Reset => ExitCode::SUCCESS,
+        Ending::Asked => ENDED_FROM_OUTSIDE.into(),
+    })
 }
 
 #[cfg(target_arch = "aarch64")]
 fn run_machine(
     kvm: &Path,
     config: &MachineConfig,
-    signals: EndingSignals,
-) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    shutdown: &ShutdownRequest,
+) -> Result<Ending, Box<dyn std::error::Error>> {
     let hypervisor = engine::kvm::KvmHypervisor::open(kvm)?;
-    crate::life::run(&hypervisor, config, signals)
+    Ok(life::run(&hypervisor, config, shutdown)?)
 }
 
 #[cfg(not(target_arch = "aarch64"))]
 fn run_machine(
     _: &Path,
     _: &MachineConfig,
-    _: EndingSignals,
-) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    _: &ShutdownRequest,
+) -> Result<Ending, Box<dyn std::error::Error>> {
     Err(crate::NOT_AN_ARM_HOST.into())
 }

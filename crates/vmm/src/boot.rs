@@ -2,16 +2,23 @@
 //!
 //! A kernel is an arm64 `Image` (Linux `Documentation/arch/arm64/booting.rst`), as it is or
 //! compressed with gzip or zstd, or wrapped in an EFI executable that decompresses itself
-//! (`CONFIG_EFI_ZBOOT`). RAM then holds, from its start: the kernel with the space it asks for
-//! beyond its file, the initrd, and in the last 2 MiB the device tree. A payload lies at the start
-//! of RAM and the device tree is where it would be for a kernel.
+//! (`CONFIG_EFI_ZBOOT`); `image` reads its header and `compression` unpacks it. RAM then holds,
+//! from its start: the kernel with the space it asks for beyond its file, the initrd, and in the
+//! last 2 MiB the device tree. A payload lies at the start of RAM and the device tree is where it
+//! would be for a kernel.
 
-use std::fs::File;
+mod compression;
+mod image;
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use vm_memory::{Bytes, GuestAddress};
 
+pub use self::image::PageSize;
 use crate::layout::{PAGE_SIZE, RAM_START};
 use crate::memory::GuestRam;
 
@@ -19,6 +26,11 @@ use crate::memory::GuestRam;
 const TWO_MIB: u64 = 2 << 20;
 /// Space kept for the device tree at the end of RAM.
 pub const DEVICE_TREE_SIZE: u64 = TWO_MIB;
+/// Longest command line of an arm64 kernel in bytes, without the zero byte at its end
+/// (`COMMAND_LINE_SIZE` in Linux `arch/arm64/include/uapi/asm/setup.h`).
+pub const MAX_COMMAND_LINE: usize = 2047;
+/// A decompressed kernel goes into RAM in pieces of at most this size.
+const PIECE_SIZE: usize = 64 << 10;
 
 /// Why a guest could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +45,24 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
+    /// What should be a file is a pipe, a terminal or the like: it has no size, and may never have an end.
+    #[error(
+        "{what} {path}: neither a regular file nor a block device; if it is a pipe, write its content to a file first"
+    )]
+    NotAFile {
+        /// What the file was to be.
+        what: &'static str,
+        /// Which file.
+        path: PathBuf,
+    },
+    /// There is nothing in the file.
+    #[error("{what} {path}: it is empty")]
+    Empty {
+        /// What the file was to be.
+        what: &'static str,
+        /// Which file.
+        path: PathBuf,
+    },
     /// The kernel is none.
     #[error(
         "kernel {path}: not an arm64 Linux kernel: it has neither the magic number of an `Image` nor is it one \
@@ -43,13 +73,40 @@ pub enum Error {
         /// Which file.
         path: PathBuf,
     },
-    /// The kernel's compressed form is damaged or of a kind unknown here.
+    /// The kernel is one of a kind that is not started here.
+    #[error("kernel {path}: {reason}; only little-endian kernels since Linux 3.17 are started")]
+    UnsupportedKernel {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The kernel is compressed in a way that is unknown here.
+    #[error(
+        "kernel {path}: it is compressed with {name:?}, and only gzip and zstd are understood; \
+         give its uncompressed `Image`"
+    )]
+    UnknownCompression {
+        /// Which file.
+        path: PathBuf,
+        /// The compression, by the name that the file has for it.
+        name: String,
+    },
+    /// The kernel's compressed form is damaged, or too large.
     #[error("kernel {path}: cannot decompress it: {reason}")]
     Decompress {
         /// Which file.
         path: PathBuf,
         /// Why not.
         reason: String,
+    },
+    /// The kernel would cut off the end of its command line, and say nothing.
+    #[error(
+        "--cmdline: it has {length} bytes, and an arm64 kernel drops what is beyond {MAX_COMMAND_LINE}; shorten it"
+    )]
+    CommandLineTooLong {
+        /// Bytes of the command line.
+        length: usize,
     },
     /// RAM cannot hold all that is to be loaded.
     #[error(
@@ -84,6 +141,76 @@ pub struct Loaded {
     pub device_tree: u64,
     /// Guest-physical start and end of the initrd.
     pub initrd: Option<(u64, u64)>,
+    /// The page size that the kernel was built for and the CPU has to have; none for a payload,
+    /// or if the kernel's header does not say.
+    pub page_size: Option<PageSize>,
+}
+
+/// A file that is to go into RAM. It is never empty.
+struct Input<'a> {
+    what: &'static str,
+    path: &'a Path,
+    file: File,
+    /// Bytes when it was opened.
+    size: u64,
+}
+
+impl<'a> Input<'a> {
+    /// Opens a file. Whatever is there, this returns at once.
+    fn open(what: &'static str, path: &'a Path) -> Result<Self, Error> {
+        let error = |source| Error::File {
+            what,
+            path: path.into(),
+            source,
+        };
+        // The flag keeps the open of a pipe from waiting for its other end.
+        let mut file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(error)?;
+        let kind = file.metadata().map_err(error)?.file_type();
+        if kind.is_dir() {
+            return Err(error(io::ErrorKind::IsADirectory.into()));
+        }
+        if !kind.is_file() && !kind.is_block_device() {
+            let path = path.into();
+            return Err(Error::NotAFile { what, path });
+        }
+        let size = file.seek(SeekFrom::End(0)).map_err(error)?;
+        if size == 0 {
+            let path = path.into();
+            return Err(Error::Empty { what, path });
+        }
+        file.rewind().map_err(error)?;
+        Ok(Self {
+            what,
+            path,
+            file,
+            size,
+        })
+    }
+
+    fn error(&self, source: io::Error) -> Error {
+        Error::File {
+            what: self.what,
+            path: self.path.into(),
+            source,
+        }
+    }
+
+    fn not_a_kernel(&self) -> Error {
+        Error::NotAKernel {
+            path: self.path.into(),
+        }
+    }
+
+    fn not_decompressed(&self, reason: &dyn fmt::Display) -> Error {
+        Error::Decompress {
+            path: self.path.into(),
+            reason: reason.to_string(),
+        }
+    }
 }
 
 /// RAM and what is already placed in it.
@@ -105,41 +232,62 @@ impl<'a> Placement<'a> {
         Ok(Self { ram, end })
     }
 
+    fn available_mib(&self) -> u64 {
+        (self.end - RAM_START) >> 20
+    }
+
     /// Where `size` bytes from `start` end, if they fit.
-    fn reserve(
-        &self,
-        what: &'static str,
-        path: &Path,
-        start: u64,
-        size: u64,
-    ) -> Result<u64, Error> {
+    fn reserve(&self, input: &Input<'_>, start: u64, size: u64) -> Result<u64, Error> {
         let end = start.saturating_add(size);
         if end > self.end {
             return Err(Error::TooLarge {
-                what: format!("{what} {}", path.display()),
+                what: format!("{} {}", input.what, input.path.display()),
                 over: (end - self.end).div_ceil(1024),
-                available: (self.end - RAM_START) >> 20,
+                available: self.available_mib(),
             });
         }
         Ok(end)
     }
 
     /// Reads a whole file to `start`, and returns where it ends.
-    fn load_file(&self, what: &'static str, path: &Path, start: u64) -> Result<u64, Error> {
-        let error = |source| Error::File {
-            what,
-            path: path.into(),
-            source,
-        };
-        let mut file = open(what, path)?;
-        let size = file.seek(SeekFrom::End(0)).map_err(error)?;
-        file.rewind().map_err(error)?;
-        let end = self.reserve(what, path, start, size)?;
+    fn load(&self, input: &Input<'_>, start: u64) -> Result<u64, Error> {
+        let end = self.reserve(input, start, input.size)?;
+        let mut file = &input.file;
+        file.rewind().map_err(|e| input.error(e))?;
         // Sizes within RAM fit the host's address space.
         self.ram
-            .read_exact_volatile_from(GuestAddress(start), &mut file, size as usize)
-            .map_err(|e| error(io::Error::other(e)))?;
+            .read_exact_volatile_from(GuestAddress(start), &mut file, input.size as usize)
+            .map_err(|e| input.error(io::Error::other(e)))?;
         Ok(end)
+    }
+
+    /// Writes what a decompressor gives to `start`, piece by piece, and returns where it ends.
+    fn stream(
+        &self,
+        input: &Input<'_>,
+        decompressed: &mut dyn Read,
+        start: u64,
+    ) -> Result<u64, Error> {
+        let mut piece = vec![0; PIECE_SIZE];
+        let mut end = start;
+        loop {
+            let length = decompressed
+                .read(&mut piece)
+                .map_err(|e| input.not_decompressed(&e))?;
+            if length == 0 {
+                return Ok(end);
+            }
+            if length as u64 > self.end - end {
+                return Err(input.not_decompressed(&format_args!(
+                    "it is larger than the guest's memory ({} MiB); give it more with --memory",
+                    self.available_mib()
+                )));
+            }
+            self.ram
+                .write_slice(&piece[..length], GuestAddress(end))
+                .map_err(|e| input.error(io::Error::other(e)))?;
+            end += length as u64;
+        }
     }
 }
 
@@ -154,19 +302,19 @@ pub fn load_kernel(
     initrd: Option<&Path>,
 ) -> Result<Loaded, Error> {
     let placement = Placement::new(ram, ram_size)?;
-    let (entry, kernel_end) = load_image(&placement, kernel)?;
+    let kernel = image::load(&placement, &Input::open("kernel", kernel)?)?;
     let initrd = initrd
         .map(|path| {
-            let start = kernel_end.next_multiple_of(PAGE_SIZE);
-            placement
-                .load_file("initrd", path, start)
-                .map(|end| (start, end))
+            let start = kernel.end.next_multiple_of(PAGE_SIZE);
+            let end = placement.load(&Input::open("initrd", path)?, start)?;
+            Ok((start, end))
         })
         .transpose()?;
     Ok(Loaded {
-        entry,
+        entry: kernel.entry,
         device_tree: placement.end,
         initrd,
+        page_size: kernel.page_size,
     })
 }
 
@@ -176,169 +324,26 @@ pub fn load_kernel(
 /// See [`Error`].
 pub fn load_flat(ram: &GuestRam, ram_size: u64, payload: &Path) -> Result<Loaded, Error> {
     let placement = Placement::new(ram, ram_size)?;
-    placement.load_file("payload", payload, RAM_START)?;
+    placement.load(&Input::open("payload", payload)?, RAM_START)?;
     Ok(Loaded {
         entry: RAM_START,
         device_tree: placement.end,
         initrd: None,
+        page_size: None,
     })
 }
 
-fn open(what: &'static str, path: &Path) -> Result<File, Error> {
-    let error = |source| Error::File {
-        what,
-        path: path.into(),
-        source,
-    };
-    let file = File::open(path).map_err(error)?;
-    if file.metadata().map_err(error)?.is_dir() {
-        return Err(error(io::ErrorKind::IsADirectory.into()));
+/// Checks that a kernel will take all of its command line. A payload has no such limit.
+///
+/// # Errors
+/// [`Error::CommandLineTooLong`].
+pub fn check_command_line(cmdline: &str) -> Result<(), Error> {
+    if cmdline.len() > MAX_COMMAND_LINE {
+        return Err(Error::CommandLineTooLong {
+            length: cmdline.len(),
+        });
     }
-    Ok(file)
-}
-
-/// The header of an arm64 `Image`, as far as loading needs it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct ImageHeader {
-    text_offset: u64,
-    image_size: u64,
-}
-
-impl ImageHeader {
-    const SIZE: usize = 64;
-    /// "ARM\x64" at byte 56.
-    const MAGIC: &[u8] = b"ARM\x64";
-
-    fn parse(start: &[u8]) -> Option<Self> {
-        if start.get(56..60)? != Self::MAGIC {
-            return None;
-        }
-        let image_size = u64_at(start, 16)?;
-        Some(Self {
-            // Kernels before 3.17 have no size and a fixed offset.
-            text_offset: if image_size == 0 {
-                0x80000
-            } else {
-                u64_at(start, 8)?
-            },
-            image_size,
-        })
-    }
-}
-
-/// Loads an `Image` and returns its entry point and the end of the memory that it uses.
-fn load_image(placement: &Placement<'_>, path: &Path) -> Result<(u64, u64), Error> {
-    let error = |source| Error::File {
-        what: "kernel",
-        path: path.into(),
-        source,
-    };
-    let mut file = open("kernel", path)?;
-    let mut start = Vec::new();
-    file.by_ref()
-        .take(ImageHeader::SIZE as u64)
-        .read_to_end(&mut start)
-        .map_err(error)?;
-    if let Some(header) = ImageHeader::parse(&start) {
-        let (entry, memory_end) = place_image(placement, path, header)?;
-        let file_end = placement.load_file("kernel", path, entry)?;
-        return Ok((entry, memory_end.max(file_end)));
-    }
-    let (compression, payload) = Compression::find(&mut file, &start)
-        .map_err(error)?
-        .ok_or_else(|| Error::NotAKernel { path: path.into() })?;
-    let limit = placement.end - RAM_START;
-    let image = compression
-        .decompress(payload, limit)
-        .map_err(|reason| Error::Decompress {
-            path: path.into(),
-            reason,
-        })?;
-    let header =
-        ImageHeader::parse(&image).ok_or_else(|| Error::NotAKernel { path: path.into() })?;
-    let (entry, memory_end) = place_image(placement, path, header)?;
-    let file_end = placement.reserve("kernel", path, entry, image.len() as u64)?;
-    placement
-        .ram
-        .write_slice(&image, GuestAddress(entry))
-        .map_err(|e| error(io::Error::other(e)))?;
-    Ok((entry, memory_end.max(file_end)))
-}
-
-fn place_image(
-    placement: &Placement<'_>,
-    path: &Path,
-    header: ImageHeader,
-) -> Result<(u64, u64), Error> {
-    let entry = placement.reserve("kernel", path, RAM_START, header.text_offset)?;
-    let end = placement.reserve("kernel", path, entry, header.image_size)?;
-    Ok((entry, end))
-}
-
-/// How a kernel is compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Compression {
-    Gzip,
-    Zstd,
-}
-
-impl Compression {
-    /// Recognises a compressed kernel by the first bytes of its file, and returns a reader of the compressed part.
-    fn find<'a>(
-        file: &'a mut File,
-        start: &[u8],
-    ) -> io::Result<Option<(Self, Box<dyn Read + 'a>)>> {
-        file.rewind()?;
-        if let Some(compression) = Self::by_magic(start) {
-            return Ok(Some((compression, Box::new(file))));
-        }
-        // struct linux_efi_zboot_header: "MZ", "zimg" at 4, offset and size of the payload, and
-        // the name of its compression (Linux drivers/firmware/efi/libstub/zboot-header.S).
-        if start.get(..2) != Some(b"MZ") || start.get(4..8) != Some(b"zimg") {
-            return Ok(None);
-        }
-        let (Some(offset), Some(size)) = (u32_at(start, 8), u32_at(start, 12)) else {
-            return Ok(None);
-        };
-        let compression = match start.get(24..28) {
-            Some(b"gzip") => Self::Gzip,
-            Some(b"zstd") => Self::Zstd,
-            _ => return Ok(None),
-        };
-        file.seek(SeekFrom::Start(offset.into()))?;
-        Ok(Some((compression, Box::new(file.take(size.into())))))
-    }
-
-    fn by_magic(start: &[u8]) -> Option<Self> {
-        match start {
-            [0x1f, 0x8b, ..] => Some(Self::Gzip),
-            [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Self::Zstd),
-            _ => None,
-        }
-    }
-
-    /// Decompresses up to `limit` bytes: what is larger than the guest's memory is of no use to it.
-    fn decompress(self, compressed: Box<dyn Read + '_>, limit: u64) -> Result<Vec<u8>, String> {
-        let mut image = Vec::new();
-        let mut reader: Box<dyn Read> = match self {
-            Self::Gzip => Box::new(flate2::read::GzDecoder::new(compressed)),
-            Self::Zstd => Box::new(
-                ruzstd::decoding::StreamingDecoder::new(compressed).map_err(|e| e.to_string())?,
-            ),
-        };
-        reader
-            .by_ref()
-            .take(limit + 1)
-            .read_to_end(&mut image)
-            .map_err(|e| e.to_string())?;
-        if image.len() as u64 > limit {
-            return Err(format!(
-                "it is larger than the guest's memory ({} MiB); give it more with --memory",
-                limit >> 20
-            ));
-        }
-        Ok(image)
-    }
+    Ok(())
 }
 
 fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
@@ -354,6 +359,7 @@ fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::process::Command;
 
     use proptest::prelude::*;
     use tempfile::NamedTempFile;
@@ -378,7 +384,15 @@ mod tests {
         let mut image = vec![0xa5; 0x10000];
         image[8..16].copy_from_slice(&0u64.to_le_bytes());
         image[16..24].copy_from_slice(&0x10_0000u64.to_le_bytes());
+        image[24..32].fill(0);
         image[56..60].copy_from_slice(b"ARM\x64");
+        image
+    }
+
+    /// The same with other flags in its header.
+    fn image_with_flags(flags: u64) -> Vec<u8> {
+        let mut image = image();
+        image[24..32].copy_from_slice(&flags.to_le_bytes());
         image
     }
 
@@ -388,13 +402,40 @@ mod tests {
         encoder.finish().unwrap()
     }
 
-    fn zboot(name: &[u8; 4], payload: &[u8]) -> Vec<u8> {
+    fn zstd(data: &[u8]) -> Vec<u8> {
+        ruzstd::encoding::compress_to_vec(data, ruzstd::encoding::CompressionLevel::Fastest)
+    }
+
+    /// `data` as one stored block of a zstd frame whose window is 2 to the power `window_log`.
+    fn zstd_with_window(window_log: u8, data: &[u8]) -> Vec<u8> {
+        let last_raw_block = (data.len() as u32) << 3 | 1;
+        let mut frame = b"\x28\xb5\x2f\xfd\0".to_vec();
+        frame.push((window_log - 10) << 3);
+        frame.extend(&last_raw_block.to_le_bytes()[..3]);
+        frame.extend(data);
+        frame
+    }
+
+    /// Data that does not compress: `length` bytes of a xorshift generator.
+    fn noise(length: usize) -> Vec<u8> {
+        let mut state = 1u64;
+        std::iter::repeat_with(|| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8
+        })
+        .take(length)
+        .collect()
+    }
+
+    fn zboot(name: &[u8], payload: &[u8]) -> Vec<u8> {
         let mut wrapped = vec![0; 64];
         wrapped[..2].copy_from_slice(b"MZ");
         wrapped[4..8].copy_from_slice(b"zimg");
         wrapped[8..12].copy_from_slice(&64u32.to_le_bytes());
         wrapped[12..16].copy_from_slice(&(payload.len() as u32).to_le_bytes());
-        wrapped[24..28].copy_from_slice(name);
+        wrapped[24..24 + name.len()].copy_from_slice(name);
         wrapped.extend(payload);
         wrapped
     }
@@ -423,14 +464,43 @@ mod tests {
     }
 
     #[test]
-    fn an_image_of_an_old_kernel_without_a_size_is_loaded_at_the_fixed_offset() {
+    fn an_image_that_does_not_say_how_much_memory_it_needs_is_refused() {
         let mut old = image();
         old[16..24].fill(0);
+
+        let error = load_kernel(&ram(), RAM_SIZE, file(&old).path(), None).unwrap_err();
+
+        assert!(
+            error.to_string().contains("older than Linux 3.17"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_big_endian_kernel_is_refused() {
+        let kernel = file(&image_with_flags(1));
+        let error = load_kernel(&ram(), RAM_SIZE, kernel.path(), None).unwrap_err();
+        assert!(error.to_string().contains("big-endian"), "{error}");
+    }
+
+    #[test]
+    fn the_page_size_that_a_kernel_was_built_for_is_told() {
         let ram = ram();
-
-        let loaded = load_kernel(&ram, RAM_SIZE, file(&old).path(), None).unwrap();
-
-        assert_eq!(loaded.entry, RAM_START + 0x80000);
+        let sizes = [0b1000, 0b1010, 0b1100, 0b1110].map(|flags| {
+            let kernel = file(&image_with_flags(flags));
+            load_kernel(&ram, RAM_SIZE, kernel.path(), None)
+                .unwrap()
+                .page_size
+        });
+        assert_eq!(
+            sizes,
+            [
+                None,
+                Some(PageSize::Kib4),
+                Some(PageSize::Kib16),
+                Some(PageSize::Kib64)
+            ]
+        );
     }
 
     #[test]
@@ -444,25 +514,101 @@ mod tests {
 
     #[test]
     fn a_kernel_compressed_with_zstd_is_loaded_like_a_plain_one() {
-        let compressed = ruzstd::encoding::compress_to_vec(
-            image().as_slice(),
-            ruzstd::encoding::CompressionLevel::Fastest,
-        );
         let ram = ram();
 
-        let loaded = load_kernel(&ram, RAM_SIZE, file(&compressed).path(), None).unwrap();
+        let loaded = load_kernel(&ram, RAM_SIZE, file(&zstd(&image())).path(), None).unwrap();
 
         assert_eq!(content(&ram, loaded.entry, 0x10000), image());
     }
 
     #[test]
     fn a_kernel_in_an_efi_wrapper_is_loaded_like_a_plain_one() {
-        let wrapped = zboot(b"gzip", &gzip(&image()));
+        let ram = ram();
+        let images = [
+            zboot(b"gzip", &gzip(&image())),
+            zboot(b"zstd", &zstd(&image())),
+            zboot(b"zstd22", &zstd(&image())),
+        ]
+        .map(|wrapped| {
+            ram.write_slice(&[0; 0x10000], GuestAddress(RAM_START))
+                .unwrap();
+            let loaded = load_kernel(&ram, RAM_SIZE, file(&wrapped).path(), None).unwrap();
+            content(&ram, loaded.entry, 0x10000)
+        });
+        assert_eq!(images, [image(), image(), image()]);
+    }
+
+    #[test]
+    fn a_kernel_that_is_compressed_in_an_unknown_way_is_refused_with_the_ways_name() {
+        let errors = [
+            zboot(b"xzkern", b"\xfd7zXZ\0"),
+            b"\x02\x21\x4c\x18".to_vec(),
+        ]
+        .map(|kernel| {
+            load_kernel(&ram(), RAM_SIZE, file(&kernel).path(), None)
+                .unwrap_err()
+                .to_string()
+        });
+        assert!(
+            errors[0].contains("compressed with \"xzkern\""),
+            "{}",
+            errors[0]
+        );
+        assert!(
+            errors[1].contains("compressed with \"lz4\""),
+            "{}",
+            errors[1]
+        );
+    }
+
+    #[test]
+    fn a_zstd_window_is_taken_as_large_as_linux_makes_it_and_no_larger() {
+        let (linux, larger) = (
+            file(&zstd_with_window(27, &image())),
+            file(&zstd_with_window(28, &image())),
+        );
+
+        load_kernel(&ram(), RAM_SIZE, linux.path(), None).unwrap();
+        let error = load_kernel(&ram(), RAM_SIZE, larger.path(), None).unwrap_err();
+
+        assert!(matches!(error, Error::Decompress { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_zstd_kernel_with_a_wrong_checksum_is_refused() {
+        let mut damaged = zstd(&image());
+        *damaged.last_mut().unwrap() ^= 1;
+        let error = load_kernel(&ram(), RAM_SIZE, file(&damaged).path(), None).unwrap_err();
+        assert!(
+            error.to_string().contains("its checksum is wrong"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_kernel_is_decompressed_right_into_memory() {
+        let mut large = image();
+        large.extend(noise(1 << 20));
+        let compressed = gzip(&large);
+        let truncated = file(&compressed[..compressed.len() / 2]);
         let ram = ram();
 
-        let loaded = load_kernel(&ram, RAM_SIZE, file(&wrapped).path(), None).unwrap();
+        load_kernel(&ram, RAM_SIZE, truncated.path(), None).unwrap_err();
 
-        assert_eq!(content(&ram, loaded.entry, 0x10000), image());
+        assert_eq!(content(&ram, RAM_START, 0x40000), large[..0x40000]);
+    }
+
+    #[test]
+    fn what_a_compressed_kernel_asks_for_is_checked_before_the_rest_of_it_is_decompressed() {
+        let mut greedy = image();
+        greedy[16..24].copy_from_slice(&RAM_SIZE.to_le_bytes());
+        greedy.extend(noise(1 << 20));
+        let compressed = gzip(&greedy);
+        let truncated = file(&compressed[..compressed.len() / 2]);
+
+        let error = load_kernel(&ram(), RAM_SIZE, truncated.path(), None).unwrap_err();
+
+        assert!(matches!(error, Error::TooLarge { .. }), "{error}");
     }
 
     #[test]
@@ -491,8 +637,10 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_decompresses_beyond_memory_is_refused_without_holding_it_all() {
-        let bomb = gzip(&vec![0; 64 << 20]);
+    fn a_kernel_that_decompresses_beyond_memory_is_refused() {
+        let mut larger = image();
+        larger.resize(RAM_SIZE as usize, 0);
+        let bomb = gzip(&larger);
         let error = load_kernel(&ram(), RAM_SIZE, file(&bomb).path(), None).unwrap_err();
         assert!(
             error.to_string().contains("larger than the guest's memory"),
@@ -531,7 +679,7 @@ mod tests {
 
     #[test]
     fn memory_without_room_for_a_device_tree_is_refused() {
-        let error = load_flat(&ram(), DEVICE_TREE_SIZE, file(b"").path()).unwrap_err();
+        let error = load_flat(&ram(), DEVICE_TREE_SIZE, file(b"payload").path()).unwrap_err();
         assert!(
             matches!(error, Error::NoRoomForDeviceTree { .. }),
             "{error}"
@@ -556,12 +704,64 @@ mod tests {
         );
     }
 
+    #[test]
+    fn an_empty_file_is_refused_whatever_it_was_to_be() {
+        let (ram, empty, kernel) = (ram(), file(b""), file(&image()));
+        let errors = [
+            load_flat(&ram, RAM_SIZE, empty.path()),
+            load_kernel(&ram, RAM_SIZE, empty.path(), None),
+            load_kernel(&ram, RAM_SIZE, kernel.path(), Some(empty.path())),
+        ]
+        .map(|loaded| loaded.unwrap_err().to_string());
+        let path = empty.path().display();
+        assert_eq!(
+            errors,
+            ["payload", "kernel", "initrd"].map(|what| format!("{what} {path}: it is empty"))
+        );
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_writes_to_is_refused_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        let made = Command::new("mkfifo").arg(&path).status().unwrap();
+
+        let error = load_flat(&ram(), RAM_SIZE, &path).unwrap_err();
+
+        assert!(made.success());
+        assert!(matches!(error, Error::NotAFile { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_device_without_an_end_is_refused() {
+        let error = load_flat(&ram(), RAM_SIZE, Path::new("/dev/zero")).unwrap_err();
+        assert!(matches!(error, Error::NotAFile { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_command_line_of_2047_bytes_is_taken_and_a_longer_one_refused() {
+        let error = check_command_line(&"a".repeat(2048)).unwrap_err();
+        assert!(check_command_line(&"a".repeat(2047)).is_ok());
+        assert!(
+            error
+                .to_string()
+                .starts_with("--cmdline: it has 2048 bytes"),
+            "{error}"
+        );
+    }
+
     proptest! {
         #[test]
-        fn any_file_is_loaded_or_refused(content in proptest::collection::vec(any::<u8>(), 0..200), magic in 0..5) {
+        fn any_file_is_loaded_or_refused(content in proptest::collection::vec(any::<u8>(), 64..200), magic in 0..5) {
+            let (offset, magic) = [
+                (56, &b"ARM\x64"[..]),
+                (0, b"\x1f\x8b\x08"),
+                (0, b"\x28\xb5\x2f\xfd"),
+                (0, b"MZ\0\0zimg"),
+                (0, b""),
+            ][magic as usize];
             let mut content = content;
-            let magic: &[u8] = [&b""[..], b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"MZ\0\0zimg", b"ARM"][magic as usize];
-            content.splice(..magic.len().min(content.len()), magic.iter().copied());
+            content[offset..offset + magic.len()].copy_from_slice(magic);
             let _ = load_kernel(&ram(), RAM_SIZE, file(&content).path(), None);
         }
     }

@@ -1,12 +1,18 @@
 //! What a machine is made of, as a user writes it: on the command line, or in a TOML or JSON file
 //! with the same names.
+//!
+//! A disk, a network interface or a port is one string in both. Its parts are separated by commas,
+//! so that a file may also have a table of them: `{ path = "a,b.img", readonly = true }`. A table is
+//! also how they are written back.
 
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use mte::MteLevel;
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::console::ConsoleConfig;
 use crate::memory::TagAccess;
@@ -89,21 +95,54 @@ impl InvalidValue {
     }
 }
 
-/// Serde for a value that is written as one string, on the command line as in a file.
-macro_rules! written_as_string {
-    ($type:ty) => {
-        impl TryFrom<String> for $type {
-            type Error = InvalidValue;
-            fn try_from(text: String) -> Result<Self, InvalidValue> {
-                text.parse()
+/// Serde for a value that is read from one string, as on the command line, or from a table of its
+/// fields, and is written as a table. The type derives it for the table with `serde(remote = "Self")`,
+/// which makes functions of its own out of what would be implementations of the two traits.
+macro_rules! read_from_text_or_table {
+    ($type:ident, $expected:literal) => {
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                struct TextOrTable;
+
+                impl<'de> Visitor<'de> for TextOrTable {
+                    type Value = $type;
+
+                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                        f.write_str($expected)
+                    }
+
+                    fn visit_str<E: de::Error>(self, text: &str) -> Result<$type, E> {
+                        text.parse().map_err(E::custom)
+                    }
+
+                    fn visit_map<A: MapAccess<'de>>(self, table: A) -> Result<$type, A::Error> {
+                        $type::deserialize(MapAccessDeserializer::new(table))
+                    }
+                }
+
+                deserializer.deserialize_any(TextOrTable)
             }
         }
-        impl From<$type> for String {
-            fn from(value: $type) -> String {
-                value.to_string()
+
+        impl Serialize for $type {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                $type::serialize(self, serializer)
             }
         }
     };
+}
+
+/// Reads a field that has to say something.
+fn not_empty<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: From<String>,
+{
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Err(de::Error::custom("an empty text means nothing here"));
+    }
+    Ok(text.into())
 }
 
 /// Bytes of memory, written with a unit: `512M`, `2G`, or `1048576K`; a bare number is MiB.
@@ -113,7 +152,10 @@ pub struct MemorySize(pub u64);
 
 /// A file may write a memory size as a number, too.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a number of MiB, or a number and a unit in quotes, such as \"512M\""
+)]
 enum MemorySizeText {
     Text(String),
     Number(u64),
@@ -145,17 +187,12 @@ impl FromStr for MemorySize {
             .find(|c: char| !c.is_ascii_digit())
             .unwrap_or(text.len());
         let (number, unit) = text.split_at(number_end);
-        let shift = match unit
-            .trim()
-            .to_ascii_uppercase()
-            .trim_end_matches("IB")
-            .trim_end_matches('B')
-        {
-            "" if unit.trim().eq_ignore_ascii_case("b") => 0,
-            "K" => 10,
-            "" | "M" => 20,
-            "G" => 30,
-            "T" => 40,
+        let shift = match unit.trim().to_ascii_uppercase().as_str() {
+            "B" => 0,
+            "K" | "KB" | "KIB" => 10,
+            "" | "M" | "MB" | "MIB" => 20,
+            "G" | "GB" | "GIB" => 30,
+            "T" | "TB" | "TIB" => 40,
             _ => return Err(invalid("expected a number and a unit, such as 512M or 2G")),
         };
         let number: u64 = number
@@ -194,11 +231,11 @@ impl FromStr for MteConfig {
     type Err = InvalidValue;
 
     fn from_str(text: &str) -> Result<Self, InvalidValue> {
-        match text.to_ascii_lowercase().trim_start_matches("mte") {
+        match text.to_ascii_lowercase().as_str() {
             "off" => Ok(Self::Off),
             "on" => Ok(Self::On),
-            "2" => Ok(Self::Level(MteLevel::Mte2)),
-            "3" => Ok(Self::Level(MteLevel::Mte3)),
+            "2" | "mte2" => Ok(Self::Level(MteLevel::Mte2)),
+            "3" | "mte3" => Ok(Self::Level(MteLevel::Mte3)),
             _ => Err(InvalidValue::new(
                 "mte",
                 text,
@@ -213,13 +250,27 @@ impl fmt::Display for MteConfig {
         f.write_str(match self {
             Self::Off => "off",
             Self::On => "on",
+            Self::Level(MteLevel::None) => "0",
+            Self::Level(MteLevel::Mte1) => "1",
             Self::Level(MteLevel::Mte2) => "2",
-            Self::Level(_) => "3",
+            Self::Level(MteLevel::Mte3) => "3",
         })
     }
 }
 
-written_as_string!(MteConfig);
+impl TryFrom<String> for MteConfig {
+    type Error = InvalidValue;
+
+    fn try_from(text: String) -> Result<Self, InvalidValue> {
+        text.parse()
+    }
+}
+
+impl From<MteConfig> for String {
+    fn from(mte: MteConfig) -> String {
+        mte.to_string()
+    }
+}
 
 /// `KEY=VALUE` and bare words after the first, separated by commas.
 struct Options<'a> {
@@ -262,11 +313,13 @@ impl<'a> Iterator for Options<'a> {
 
 /// A disk: `PATH[,readonly][,id=SERIAL]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct DiskConfig {
     /// A raw image or a block device.
+    #[serde(deserialize_with = "not_empty")]
     pub path: PathBuf,
     /// The guest may not write it.
+    #[serde(default)]
     pub readonly: bool,
     /// The serial by which the guest finds it; at most 20 characters.
     pub id: Option<String>,
@@ -293,23 +346,17 @@ impl FromStr for DiskConfig {
     }
 }
 
-impl fmt::Display for DiskConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.path.display())?;
-        if self.readonly {
-            f.write_str(",readonly")?;
-        }
-        self.id.iter().try_for_each(|id| write!(f, ",id={id}"))
-    }
-}
-
-written_as_string!(DiskConfig);
+read_from_text_or_table!(
+    DiskConfig,
+    "a disk: `PATH[,readonly][,id=SERIAL]`, or a table with `path`, `readonly` and `id`"
+);
 
 /// A network interface: `TAP[,mac=ADDRESS][,mtu=BYTES]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct NetConfig {
     /// An existing tap interface of the host.
+    #[serde(deserialize_with = "not_empty")]
     pub tap: String,
     /// The guest's address on it; a random one if not given.
     pub mac: Option<MacAddr>,
@@ -347,26 +394,21 @@ impl FromStr for NetConfig {
     }
 }
 
-impl fmt::Display for NetConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.tap)?;
-        self.mac
-            .iter()
-            .try_for_each(|mac| write!(f, ",mac={mac}"))?;
-        self.mtu.iter().try_for_each(|mtu| write!(f, ",mtu={mtu}"))
-    }
-}
-
-written_as_string!(NetConfig);
+read_from_text_or_table!(
+    NetConfig,
+    "a network interface: `TAP[,mac=ADDRESS][,mtu=BYTES]`, or a table with `tap`, `mac` and `mtu`"
+);
 
 /// A port for talk between host and guest: `NAME,socket=PATH`. The guest finds it as
 /// `/dev/virtio-ports/NAME`, the host as a Unix socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct PortConfig {
     /// The port's name in the guest.
+    #[serde(deserialize_with = "not_empty")]
     pub name: String,
     /// The socket on the host.
+    #[serde(deserialize_with = "not_empty")]
     pub socket: PathBuf,
 }
 
@@ -391,13 +433,10 @@ impl FromStr for PortConfig {
     }
 }
 
-impl fmt::Display for PortConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{},socket={}", self.name, self.socket.display())
-    }
-}
-
-written_as_string!(PortConfig);
+read_from_text_or_table!(
+    PortConfig,
+    "a port: `NAME,socket=PATH`, or a table with `name` and `socket`"
+);
 
 #[cfg(test)]
 mod tests {
@@ -421,8 +460,19 @@ mod tests {
     #[test]
     fn memory_sizes_that_mean_nothing_are_refused() {
         assert_eq!(
-            ["", "M", "12X", "-1M", "1.5G", "99999999999T"].map(size),
-            [None; 6]
+            [
+                "",
+                "M",
+                "12X",
+                "-1M",
+                "1.5G",
+                "99999999999T",
+                "1BBB",
+                "64iB",
+                "1MM"
+            ]
+            .map(size),
+            [None; 9]
         );
     }
 
@@ -431,7 +481,24 @@ mod tests {
         assert_eq!("mte3".parse(), Ok(MteConfig::Level(MteLevel::Mte3)));
         assert_eq!("2".parse(), Ok(MteConfig::Level(MteLevel::Mte2)));
         assert_eq!("off".parse(), Ok(MteConfig::Off));
-        assert!("1".parse::<MteConfig>().is_err());
+    }
+
+    #[test]
+    fn levels_of_mte_that_mean_nothing_are_refused() {
+        let parsed = ["1", "4", "mteon", "mtemte3", ""].map(|text| text.parse::<MteConfig>().ok());
+        assert_eq!(parsed, [None; 5]);
+    }
+
+    #[test]
+    fn what_a_level_of_mte_displays_is_read_as_the_same_level() {
+        let levels = [
+            MteConfig::Off,
+            MteConfig::On,
+            MteConfig::Level(MteLevel::Mte2),
+            MteConfig::Level(MteLevel::Mte3),
+        ];
+        let parsed = levels.map(|level| level.to_string().parse());
+        assert_eq!(parsed, levels.map(Ok));
     }
 
     #[test]
@@ -459,7 +526,14 @@ mod tests {
     #[test]
     fn a_network_interface_is_read_with_and_without_the_key() {
         let net: NetConfig = "tap=tap0,mac=02:00:00:00:00:01,mtu=1400".parse().unwrap();
-        assert_eq!(net.to_string(), "tap0,mac=02:00:00:00:00:01,mtu=1400");
+        assert_eq!(
+            net,
+            NetConfig {
+                tap: "tap0".into(),
+                mac: Some("02:00:00:00:00:01".parse().unwrap()),
+                mtu: Some(1400)
+            }
+        );
         assert_eq!("tap0".parse::<NetConfig>().unwrap().tap, "tap0");
     }
 

@@ -1,19 +1,23 @@
 //! The guest's console: the serial port on one side, a terminal or a file on the other.
 
-use std::fs::OpenOptions;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd};
+use std::fs::{File, OpenOptions};
+use std::io::{self, IsTerminal, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::serial::{Output, SerialPort};
 use crate::terminal::{Command, Escape, HELP, RawMode};
+
+/// How much of what a user types a guest that does not read may leave behind. The rest is dropped, so
+/// that the keys for Tagvisor are always seen.
+const TYPED_AHEAD: usize = 4096;
 
 /// Where the guest's console is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,22 +68,36 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
-    /// The terminal or a thread cannot be had.
-    #[error("console: {0}")]
-    Host(#[from] io::Error),
+    /// The file is a pipe without a reader.
+    #[error("console file {0}: nobody reads this pipe; start its reader first")]
+    NoReader(PathBuf),
+    /// The terminal, a descriptor or a thread cannot be had.
+    #[error("console: {step}: {source}")]
+    Host {
+        /// What was tried.
+        step: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
 }
 
-/// What the serial port is connected to. Dropping it gives the terminal back.
+fn host(step: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Host { step, source }
+}
+
+/// What serial ports are connected to, one after the other: it outlives the guest's resets.
+/// Dropping it gives the terminal back.
 pub struct Console {
     output: Output,
-    room: EventFd,
-    input: Option<Input>,
-    // Dropped after the threads that use the terminal have ended.
-    _raw: Option<RawMode>,
-    reads_stdin: bool,
+    keyboard: Option<Arc<Mutex<Keyboard>>>,
+    // Dropped after the output has ended, so that nothing is written to it any more.
+    raw: Option<RawMode>,
 }
 
-struct Input {
+/// A serial port's connection to the console. Dropping it ends the port's input.
+pub struct Connection(Option<InputThread>);
+
+struct InputThread {
     stop: EventFd,
     thread: JoinHandle<()>,
 }
@@ -90,188 +108,228 @@ impl Console {
     /// # Errors
     /// See [`Error`].
     pub fn open(config: &ConsoleConfig) -> Result<Self, Error> {
-        let (output, raw) = match config {
-            ConsoleConfig::Stdio => (Output::to(io::stdout())?, RawMode::enter()?),
-            ConsoleConfig::Off => (Output::to(io::sink())?, None),
-            ConsoleConfig::File(path) => (Output::to(create(path)?)?, None),
+        let output = match config {
+            ConsoleConfig::Stdio => Output::to(io::stdout()),
+            ConsoleConfig::Off => Output::to(io::sink()),
+            ConsoleConfig::File(path) => Output::to(create(path)?),
         };
-        if raw.is_some() {
-            eprintln!("{HELP}");
-        }
+        let keyboard = match config {
+            ConsoleConfig::Stdio => Some(Arc::new(Mutex::new(Keyboard::open()?))),
+            ConsoleConfig::Off | ConsoleConfig::File(_) => None,
+        };
         Ok(Self {
-            output,
-            room: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-            input: None,
-            reads_stdin: *config == ConsoleConfig::Stdio,
-            _raw: raw,
+            output: output.map_err(host("starting its thread"))?,
+            keyboard,
+            raw: None,
         })
     }
 
     /// A serial port on this console, which interrupts by `interrupt`; the user's commands go to `command`.
+    /// From the first port on, a terminal is in raw mode.
     ///
     /// # Errors
-    /// A thread or descriptor cannot be had.
+    /// The terminal, a thread or a descriptor cannot be had.
     pub fn connect<T: Trigger + Send + 'static>(
         &mut self,
         interrupt: T,
         command: impl Fn(Command) + Send + 'static,
-    ) -> Result<Arc<SerialPort<T>>, Error> {
-        let port = SerialPort::new(interrupt, &self.output, self.room.try_clone()?);
-        let port = Arc::new(port);
-        if self.reads_stdin {
-            self.input = Some(self.start_input(port.clone(), command)?);
+    ) -> Result<(Arc<SerialPort<T>>, Connection), Error> {
+        if self.raw.is_none() && self.keyboard.is_some() && io::stdin().is_terminal() {
+            self.raw = Some(RawMode::enter().map_err(host("setting up the terminal"))?);
+            print_help();
         }
-        Ok(port)
-    }
-
-    fn start_input<T: Trigger + Send + 'static>(
-        &self,
-        port: Arc<SerialPort<T>>,
-        command: impl Fn(Command) + Send + 'static,
-    ) -> io::Result<Input> {
-        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let waits = Waits::new(&stop, &self.room)?;
-        let keys_are_commands = self._raw.is_some();
-        let thread = thread::Builder::new()
-            .name("tv-input".into())
-            .spawn(move || {
-                if let Err(e) = forward_input(&waits, &port, keys_are_commands, &command) {
-                    tracing::warn!("console input: {e}");
-                }
-            })?;
-        Ok(Input { stop, thread })
+        let room = event().map_err(host("creating an event"))?;
+        let signal = room.try_clone().map_err(host("duplicating an event"))?;
+        let port = Arc::new(SerialPort::new(interrupt, &self.output, signal));
+        let input = self
+            .keyboard
+            .as_ref()
+            .map(|keyboard| start_input(keyboard.clone(), port.clone(), room, command))
+            .transpose()
+            .map_err(host("starting the input thread"))?;
+        Ok((port, Connection(input)))
     }
 }
 
-impl Drop for Console {
+fn event() -> io::Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+}
+
+fn print_help() {
+    // Whoever closed standard error does not want to be told.
+    let _ = writeln!(io::stderr(), "\n{HELP}");
+}
+
+fn start_input<T: Trigger + Send + 'static>(
+    keyboard: Arc<Mutex<Keyboard>>,
+    port: Arc<SerialPort<T>>,
+    room: EventFd,
+    command: impl Fn(Command) + Send + 'static,
+) -> io::Result<InputThread> {
+    let stop = event()?;
+    let stopped = stop.try_clone()?;
+    let thread = thread::Builder::new()
+        .name("tv-input".into())
+        .spawn(move || {
+            // The connection before this one gave it back when it was dropped.
+            let mut keyboard = keyboard.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(e) = keyboard.forward(&port, &room, &stopped, &command) {
+                tracing::warn!("console input: {e}");
+            }
+        })?;
+    Ok(InputThread { stop, thread })
+}
+
+impl Drop for Connection {
     fn drop(&mut self) {
-        if let Some(input) = self.input.take() {
+        if let Some(input) = self.0.take() {
             let _ = input.stop.write(1);
             let _ = input.thread.join();
         }
     }
 }
 
-fn create(path: &Path) -> Result<std::fs::File, Error> {
-    OpenOptions::new()
-        .create(true)
-        .write(true)
-        .truncate(true)
-        .open(path)
-        .map_err(|source| Error::File {
+/// Opens the file without waiting for the reader that a pipe may lack.
+fn create(path: &Path) -> Result<File, Error> {
+    let open = || {
+        let file = OpenOptions::new()
+            .create(true)
+            .write(true)
+            .truncate(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path)?;
+        make_blocking(&file)?;
+        Ok(file)
+    };
+    open().map_err(|source: io::Error| match source.raw_os_error() {
+        Some(libc::ENXIO) => Error::NoReader(path.into()),
+        _ => Error::File {
             path: path.into(),
             source,
-        })
+        },
+    })
 }
 
-/// What the input thread waits for.
-struct Waits {
-    /// `None` if standard input is a plain file, which is always ready and not for epoll.
-    for_input: Option<Epoll>,
-    for_room: Epoll,
-    room: EventFd,
+fn make_blocking(file: &File) -> io::Result<()> {
+    // SAFETY: reads the flags of an open descriptor.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: sets flags of an open descriptor.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
-const STOP: u64 = 0;
-const READY: u64 = 1;
+/// Standard input, and what of it no guest has taken yet.
+struct Keyboard {
+    source: File,
+    /// A user types: some keys are commands, and what a guest does not take may be dropped.
+    is_terminal: bool,
+    escape: Escape,
+    pending: Vec<u8>,
+}
 
-impl Waits {
-    fn new(stop: &EventFd, room: &EventFd) -> io::Result<Self> {
-        let room = room.try_clone()?;
-        let for_room = waiting_for(room.as_raw_fd(), stop)?;
-        let for_input = match waiting_for(io::stdin().as_raw_fd(), stop) {
-            Err(e) if e.raw_os_error() == Some(libc::EPERM) => None,
-            epoll => Some(epoll?),
-        };
+impl Keyboard {
+    fn open() -> Result<Self, Error> {
+        // Not `io::stdin()`, whose buffer would hold input back that poll no longer tells of.
+        let source = io::stdin()
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(host("duplicating standard input"))?;
         Ok(Self {
-            for_input,
-            for_room,
-            room,
+            is_terminal: source.is_terminal(),
+            source: source.into(),
+            escape: Escape::default(),
+            pending: Vec::new(),
         })
     }
 
-    fn for_input(&self) -> io::Result<bool> {
-        self.for_input.as_ref().map_or(Ok(true), Self::wait)
-    }
-
-    /// Waits; false means stop.
-    fn wait(epoll: &Epoll) -> io::Result<bool> {
-        let mut events = [EpollEvent::default(); 2];
+    /// Gives the guest its input, as it reads, until the input ends or `stop` is signalled.
+    fn forward<T: Trigger>(
+        &mut self,
+        port: &SerialPort<T>,
+        room: &EventFd,
+        stop: &EventFd,
+        command: &impl Fn(Command),
+    ) -> io::Result<()> {
         loop {
-            match epoll.wait(-1, &mut events) {
-                Ok(count) => return Ok(events[..count].iter().all(|event| event.data() != STOP)),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
+            let taken = port.receive(&self.pending);
+            self.pending.drain(..taken);
+            let is_waiting = !self.pending.is_empty();
+            let [stopped, has_room, readable] = wait([
+                Some(stop.as_raw_fd()),
+                is_waiting.then_some(room.as_raw_fd()),
+                // A user is always heard. What a file or a pipe holds is safe there until it is wanted.
+                (self.is_terminal || !is_waiting).then_some(self.source.as_raw_fd()),
+            ])?;
+            if stopped {
+                return Ok(());
+            }
+            if has_room {
+                let _ = room.read();
+            }
+            if readable && !self.read(command)? {
+                return Ok(());
             }
         }
     }
-}
 
-/// An epoll that waits until `fd` can be read, or for `stop`.
-fn waiting_for(fd: std::os::fd::RawFd, stop: &EventFd) -> io::Result<Epoll> {
-    let epoll = Epoll::new()?;
-    let add = |fd, token| {
-        epoll.ctl(
-            ControlOperation::Add,
-            fd,
-            EpollEvent::new(EventSet::IN, token),
-        )
-    };
-    add(stop.as_raw_fd(), STOP)?;
-    add(fd, READY)?;
-    Ok(epoll)
-}
-
-fn forward_input<T: Trigger>(
-    waits: &Waits,
-    port: &SerialPort<T>,
-    keys_are_commands: bool,
-    command: &impl Fn(Command),
-) -> io::Result<()> {
-    let mut escape = Escape::default();
-    // Not `io::stdin()`, whose buffer would hold input back that epoll no longer tells of.
-    let mut stdin = std::fs::File::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let mut input = [0; 64];
-    while waits.for_input()? {
-        let length = match stdin.read(&mut input) {
-            Ok(0) => return Ok(()),
+    /// Reads once; false is the end of the input.
+    fn read(&mut self, command: &impl Fn(Command)) -> io::Result<bool> {
+        let mut input = [0; 512];
+        let length = match self.source.read(&mut input) {
+            Ok(0) => return Ok(false),
             Ok(length) => length,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(true),
             Err(e) => return Err(e),
         };
-        let mut guest = Vec::new();
-        if keys_are_commands {
-            match escape.filter(&input[..length], &mut guest) {
-                Some(Command::Help) => eprintln!("\n{HELP}"),
-                Some(given) => command(given),
-                None => {}
-            }
-        } else {
-            guest.extend(&input[..length]);
+        if !self.is_terminal {
+            self.pending.extend(&input[..length]);
+            return Ok(true);
         }
-        if !give(waits, port, &guest)? {
-            return Ok(());
+        match self.escape.filter(&input[..length], &mut self.pending) {
+            Some(Command::Help) => print_help(),
+            Some(given) => command(given),
+            None => {}
         }
+        self.pending.truncate(TYPED_AHEAD);
+        Ok(true)
     }
-    Ok(())
 }
 
-/// Gives the guest all of `input`, as it reads; false means stop.
-fn give<T: Trigger>(waits: &Waits, port: &SerialPort<T>, mut input: &[u8]) -> io::Result<bool> {
-    while !input.is_empty() {
-        let taken = port.receive(input);
-        input = &input[taken..];
-        if !input.is_empty() && !Waits::wait(&waits.for_room)? {
-            return Ok(false);
+/// Waits until one of the descriptors can be read or has ended, and says which.
+fn wait(descriptors: [Option<RawFd>; 3]) -> io::Result<[bool; 3]> {
+    // Of these three, poll alone takes plain files. It passes over negative descriptors.
+    let mut polled = descriptors.map(|fd| libc::pollfd {
+        fd: fd.unwrap_or(-1),
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    loop {
+        // SAFETY: the array is `polled.len()` structures, which the call may write.
+        if unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) } >= 0 {
+            return Ok(polled.map(|polled| polled.revents != 0));
         }
-        let _ = waits.room.read();
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
     }
-    Ok(true)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Seek;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::ffi::OsStrExt;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
     use super::*;
+    use crate::bus::MmioDevice;
 
     #[test]
     fn consoles_are_named_as_in_the_help() {
@@ -286,5 +344,176 @@ mod tests {
             named("tty").unwrap_err(),
             "console `tty`: expected `stdio`, `off` or `file=PATH`"
         );
+    }
+
+    struct NoInterrupt;
+
+    impl Trigger for NoInterrupt {
+        type E = io::Error;
+        fn trigger(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// A serial port whose guest reads only when the test does, and what feeds it.
+    struct Guest {
+        port: Arc<SerialPort<NoInterrupt>>,
+        commands: mpsc::Receiver<Command>,
+        _output: Output,
+        input: Connection,
+    }
+
+    fn guest_with(keyboard: &Arc<Mutex<Keyboard>>) -> Guest {
+        let output = Output::to(io::sink()).unwrap();
+        let room = event().unwrap();
+        let port = SerialPort::new(NoInterrupt, &output, room.try_clone().unwrap());
+        let port = Arc::new(port);
+        let (sender, commands) = mpsc::channel();
+        let input = start_input(keyboard.clone(), port.clone(), room, move |command| {
+            let _ = sender.send(command);
+        });
+        Guest {
+            port,
+            commands,
+            _output: output,
+            input: Connection(Some(input.unwrap())),
+        }
+    }
+
+    impl Guest {
+        fn read(&self, count: usize) -> Vec<u8> {
+            (0..count).map(|_| self.read_byte()).collect()
+        }
+
+        fn read_byte(&self) -> u8 {
+            const LINE_STATUS: u64 = 5;
+            let mut byte = [0];
+            while byte[0] & 1 == 0 {
+                thread::yield_now();
+                self.port.read(LINE_STATUS, &mut byte);
+            }
+            self.port.read(0, &mut byte);
+            byte[0]
+        }
+    }
+
+    fn keyboard(source: impl Into<OwnedFd>, is_terminal: bool) -> Arc<Mutex<Keyboard>> {
+        Arc::new(Mutex::new(Keyboard {
+            source: File::from(source.into()),
+            is_terminal,
+            escape: Escape::default(),
+            pending: Vec::new(),
+        }))
+    }
+
+    fn some_text(length: u32) -> Vec<u8> {
+        (0..length).map(|i| b'a' + (i % 26) as u8).collect()
+    }
+
+    #[test]
+    fn the_user_ends_a_machine_whose_guest_reads_nothing() {
+        let (source, mut user) = io::pipe().unwrap();
+        let guest = guest_with(&keyboard(source, true));
+
+        user.write_all(&some_text(20_000)).unwrap();
+        user.write_all(b"\x1dq").unwrap();
+
+        let command = guest.commands.recv_timeout(Duration::from_secs(10));
+        assert_eq!(command, Ok(Command::Quit));
+    }
+
+    #[test]
+    fn what_a_user_types_ahead_is_kept_up_to_a_bound() {
+        let (source, mut user) = io::pipe().unwrap();
+        let keyboard = keyboard(source, true);
+        let guest = guest_with(&keyboard);
+        let typed = some_text(20_000);
+
+        user.write_all(&typed).unwrap();
+        user.write_all(b"\x1dq").unwrap();
+        let command = guest.commands.recv_timeout(Duration::from_secs(10));
+        drop(guest.input);
+
+        assert_eq!(command, Ok(Command::Quit));
+        assert_eq!(keyboard.lock().unwrap().pending.len(), TYPED_AHEAD);
+    }
+
+    #[test]
+    fn a_slow_guest_gets_all_that_a_pipe_holds() {
+        let (source, mut script) = io::pipe().unwrap();
+        let guest = guest_with(&keyboard(source, false));
+        let text = some_text(20_000);
+
+        script.write_all(&text).unwrap();
+        drop(script);
+
+        assert!(guest.read(text.len()) == text);
+    }
+
+    #[test]
+    fn a_guest_gets_all_that_a_file_holds() {
+        let text = some_text(20_000);
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&text).unwrap();
+        file.rewind().unwrap();
+
+        let guest = guest_with(&keyboard(file, false));
+
+        assert!(guest.read(text.len()) == text);
+    }
+
+    #[test]
+    fn after_a_reset_input_goes_on_behind_what_the_first_guest_was_given() {
+        const FIFO: usize = 64;
+        let (source, mut script) = io::pipe().unwrap();
+        let keyboard = keyboard(source, false);
+        let text = some_text(100);
+        let first = guest_with(&keyboard);
+
+        script.write_all(&text).unwrap();
+        first.read(1);
+        drop(first);
+        let second = guest_with(&keyboard);
+
+        assert_eq!(second.read(text.len() - FIFO), text[FIFO..]);
+    }
+
+    #[test]
+    fn a_console_file_keeps_what_the_guest_wrote_before_its_reset() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let mut console = Console::open(&ConsoleConfig::File(path.clone())).unwrap();
+
+        for text in [b"first", b"again"] {
+            let (port, _input) = console.connect(NoInterrupt, |_| {}).unwrap();
+            text.iter().for_each(|byte| port.write(0, &[*byte]));
+        }
+        drop(console);
+
+        assert_eq!(std::fs::read(path).unwrap(), b"firstagain");
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_is_refused_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        let name = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
+        // SAFETY: the name is a string with a zero at its end.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+
+        let console = Console::open(&ConsoleConfig::File(path));
+
+        assert!(matches!(console, Err(Error::NoReader(_))));
+    }
+
+    #[test]
+    fn a_console_file_waits_for_its_reader_once_it_is_open() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = create(&folder.path().join("log")).unwrap();
+
+        // SAFETY: reads the flags of an open descriptor.
+        let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+
+        assert_eq!(flags & libc::O_NONBLOCK, 0);
     }
 }

@@ -93,7 +93,7 @@ fn cpus(fdt: &mut FdtWriter, machine: &Description<'_>) -> Result<(), Error> {
     for affinity in machine.affinities {
         let cpu = fdt.begin_node(&format!("cpu@{affinity:x}"))?;
         fdt.property_string("device_type", "cpu")?;
-        fdt.property_string("compatible", "arm,arm-v8")?;
+        fdt.property_string("compatible", "arm,armv8")?;
         fdt.property_string("enable-method", "psci")?;
         fdt.property_u64("reg", *affinity)?;
         fdt.end_node(cpu)?;
@@ -200,47 +200,231 @@ fn virtio(fdt: &mut FdtWriter, index: u32) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use dtoolkit::fdt::Fdt;
+    use dtoolkit::{Node, Property};
+
     use super::*;
 
     fn machine(cmdline: &str) -> Description<'_> {
+        let mut seed = [7; 72];
+        seed[..8].fill(1);
         Description {
             ram_size: 512 << 20,
             cmdline,
             initrd: Some((0x4100_0000, 0x4200_0000)),
-            affinities: &[0, 1, 0x100],
+            affinities: &[0, 1, 0x100, 1 << 32],
             gic: GicLayout {
                 distributor: layout::GIC_DISTRIBUTOR,
                 redistributors: layout::GIC_REDISTRIBUTORS,
-                vcpus: 3,
+                vcpus: 4,
                 spis: layout::SPIS,
             },
             pmu: true,
             virtio_devices: 2,
-            seed: [7; 72],
+            seed,
         }
     }
 
-    fn contains(tree: &[u8], text: &str) -> bool {
-        tree.windows(text.len())
-            .any(|window| window == text.as_bytes())
+    /// The value of a property, which has to be there.
+    fn value(tree: &[u8], node: &str, property: &str) -> Vec<u8> {
+        let fdt = Fdt::new(tree).unwrap();
+        let node = fdt.find_node(node).unwrap_or_else(|| panic!("no {node}"));
+        let property = node
+            .property(property)
+            .unwrap_or_else(|| panic!("no {property}"));
+        property.value().to_vec()
+    }
+
+    fn cells(tree: &[u8], node: &str, property: &str) -> Vec<u32> {
+        value(tree, node, property)
+            .chunks(4)
+            .map(|cell| u32::from_be_bytes(cell.try_into().unwrap()))
+            .collect()
+    }
+
+    fn text(tree: &[u8], node: &str, property: &str) -> String {
+        String::from_utf8(value(tree, node, property)).unwrap()
+    }
+
+    fn children(tree: &[u8], node: &str) -> Vec<String> {
+        let node = Fdt::new(tree).unwrap().find_node(node).unwrap();
+        node.children()
+            .map(|child| child.name().to_owned())
+            .collect()
     }
 
     #[test]
-    fn the_tree_names_every_cpu_device_and_argument() {
-        let tree = device_tree(&machine("console=ttyS0 quiet")).unwrap();
+    fn the_tree_has_a_node_for_every_part_of_the_machine() {
+        let tree = device_tree(&machine("")).unwrap();
+        assert_eq!(
+            children(&tree, "/"),
+            [
+                "chosen",
+                "memory@40000000",
+                "cpus",
+                "psci",
+                "timer",
+                "interrupt-controller@8000000",
+                "pmu",
+                "apb-pclk",
+                "serial@9000000",
+                "rtc@9010000",
+                "virtio_mmio@a000000",
+                "virtio_mmio@a001000",
+            ]
+        );
+    }
 
-        let names = [
-            "console=ttyS0 quiet",
-            "cpu@0",
-            "cpu@1",
-            "cpu@100",
-            "serial@9000000",
-            "rtc@9010000",
-            "virtio_mmio@a000000",
-            "virtio_mmio@a001000",
-            "arm,armv8-pmuv3",
-        ];
-        assert_eq!(names.map(|name| contains(&tree, name)), [true; 9]);
+    #[test]
+    fn addresses_and_sizes_have_two_cells_and_interrupts_go_to_the_gic() {
+        let tree = device_tree(&machine("")).unwrap();
+        assert_eq!(cells(&tree, "/", "#address-cells"), [2]);
+        assert_eq!(cells(&tree, "/", "#size-cells"), [2]);
+        assert_eq!(
+            cells(&tree, "/", "interrupt-parent"),
+            cells(&tree, "/interrupt-controller", "phandle")
+        );
+    }
+
+    #[test]
+    fn the_kernel_is_told_its_command_line_console_initrd_and_seeds() {
+        let tree = device_tree(&machine("console=ttyS0 quiet")).unwrap();
+        assert_eq!(text(&tree, "/chosen", "bootargs"), "console=ttyS0 quiet\0");
+        assert_eq!(text(&tree, "/chosen", "stdout-path"), "/serial@9000000\0");
+        assert_eq!(
+            cells(&tree, "/chosen", "linux,initrd-start"),
+            [0, 0x4100_0000]
+        );
+        assert_eq!(
+            cells(&tree, "/chosen", "linux,initrd-end"),
+            [0, 0x4200_0000]
+        );
+        assert_eq!(value(&tree, "/chosen", "kaslr-seed"), [1; 8]);
+        assert_eq!(value(&tree, "/chosen", "rng-seed"), [7; 64]);
+    }
+
+    #[test]
+    fn a_machine_without_pmu_initrd_and_virtio_devices_has_no_trace_of_them() {
+        let bare = Description {
+            initrd: None,
+            pmu: false,
+            virtio_devices: 0,
+            ..machine("")
+        };
+
+        let tree = device_tree(&bare).unwrap();
+
+        let fdt = Fdt::new(&tree).unwrap();
+        let chosen = fdt.find_node("/chosen").unwrap();
+        assert!(chosen.property("linux,initrd-start").is_none());
+        assert!(chosen.property("linux,initrd-end").is_none());
+        assert!(fdt.find_node("/pmu").is_none());
+        assert!(fdt.find_node("/virtio_mmio").is_none());
+    }
+
+    #[test]
+    fn memory_is_one_range_from_the_start_of_ram() {
+        let large = Description {
+            ram_size: 5 << 30,
+            ..machine("")
+        };
+
+        let tree = device_tree(&large).unwrap();
+
+        assert_eq!(text(&tree, "/memory", "device_type"), "memory\0");
+        assert_eq!(
+            cells(&tree, "/memory", "reg"),
+            [0, 0x4000_0000, 1, 0x4000_0000]
+        );
+    }
+
+    #[test]
+    fn every_cpu_is_named_by_its_affinity_and_started_by_psci() {
+        let tree = device_tree(&machine("")).unwrap();
+        assert_eq!(cells(&tree, "/cpus", "#address-cells"), [2]);
+        assert_eq!(cells(&tree, "/cpus", "#size-cells"), [0]);
+        assert_eq!(
+            children(&tree, "/cpus"),
+            ["cpu@0", "cpu@1", "cpu@100", "cpu@100000000"]
+        );
+        assert_eq!(cells(&tree, "/cpus/cpu@100", "reg"), [0, 0x100]);
+        assert_eq!(cells(&tree, "/cpus/cpu@100000000", "reg"), [1, 0]);
+        assert_eq!(text(&tree, "/cpus/cpu@100", "device_type"), "cpu\0");
+        assert_eq!(text(&tree, "/cpus/cpu@100", "compatible"), "arm,armv8\0");
+        assert_eq!(text(&tree, "/cpus/cpu@100", "enable-method"), "psci\0");
+        assert_eq!(
+            text(&tree, "/psci", "compatible"),
+            "arm,psci-1.0\0arm,psci-0.2\0"
+        );
+        assert_eq!(text(&tree, "/psci", "method"), "hvc\0");
+    }
+
+    #[test]
+    fn the_gic_has_its_distributor_and_a_redistributor_for_every_vcpu() {
+        let tree = device_tree(&machine("")).unwrap();
+        let gic = "/interrupt-controller@8000000";
+        assert_eq!(text(&tree, gic, "compatible"), "arm,gic-v3\0");
+        assert_eq!(cells(&tree, gic, "#interrupt-cells"), [3]);
+        assert_eq!(value(&tree, gic, "interrupt-controller"), []);
+        assert_eq!(
+            cells(&tree, gic, "reg"),
+            [0, 0x800_0000, 0, 0x1_0000, 0, 0x1000_0000, 0, 4 * 0x2_0000]
+        );
+    }
+
+    #[test]
+    fn timers_and_pmu_interrupt_each_cpu_by_its_own_level_triggered_line() {
+        let tree = device_tree(&machine("")).unwrap();
+        assert_eq!(text(&tree, "/timer", "compatible"), "arm,armv8-timer\0");
+        assert_eq!(value(&tree, "/timer", "always-on"), []);
+        assert_eq!(
+            cells(&tree, "/timer", "interrupts"),
+            [1, 13, 4, 1, 14, 4, 1, 11, 4, 1, 10, 4]
+        );
+        assert_eq!(text(&tree, "/pmu", "compatible"), "arm,armv8-pmuv3\0");
+        assert_eq!(cells(&tree, "/pmu", "interrupts"), [1, 7, 4]);
+    }
+
+    #[test]
+    fn the_serial_port_is_a_16550a_with_an_edge_for_an_interrupt() {
+        let tree = device_tree(&machine("")).unwrap();
+        let serial = "/serial@9000000";
+        assert_eq!(text(&tree, serial, "compatible"), "ns16550a\0");
+        assert_eq!(cells(&tree, serial, "reg"), [0, 0x900_0000, 0, 0x1000]);
+        assert_eq!(cells(&tree, serial, "interrupts"), [0, 1, 1]);
+        assert_eq!(cells(&tree, serial, "clock-frequency"), [1_843_200]);
+        assert_eq!(cells(&tree, serial, "current-speed"), [115_200]);
+    }
+
+    #[test]
+    fn the_rtc_is_a_pl031_on_the_fixed_clock() {
+        let tree = device_tree(&machine("")).unwrap();
+        let rtc = "/rtc@9010000";
+        assert_eq!(text(&tree, rtc, "compatible"), "arm,pl031\0arm,primecell\0");
+        assert_eq!(cells(&tree, rtc, "arm,primecell-periphid"), [0x0004_1031]);
+        assert_eq!(cells(&tree, rtc, "reg"), [0, 0x901_0000, 0, 0x1000]);
+        assert_eq!(text(&tree, rtc, "clock-names"), "apb_pclk\0");
+        assert_eq!(
+            cells(&tree, rtc, "clocks"),
+            cells(&tree, "/apb-pclk", "phandle")
+        );
+        assert_eq!(text(&tree, "/apb-pclk", "compatible"), "fixed-clock\0");
+        assert_eq!(cells(&tree, "/apb-pclk", "#clock-cells"), [0]);
+        assert_eq!(cells(&tree, "/apb-pclk", "clock-frequency"), [24_000_000]);
+    }
+
+    #[test]
+    fn every_virtio_device_has_its_page_and_a_level_triggered_interrupt() {
+        let tree = device_tree(&machine("")).unwrap();
+        let second = "/virtio_mmio@a001000";
+        assert_eq!(
+            cells(&tree, "/virtio_mmio@a000000", "interrupts"),
+            [0, 16, 4]
+        );
+        assert_eq!(text(&tree, second, "compatible"), "virtio,mmio\0");
+        assert_eq!(cells(&tree, second, "reg"), [0, 0xa00_1000, 0, 0x1000]);
+        assert_eq!(cells(&tree, second, "interrupts"), [0, 17, 4]);
+        assert_eq!(value(&tree, second, "dma-coherent"), []);
     }
 
     #[test]

@@ -66,9 +66,24 @@ pub fn ipa_bits(ram_size: u64) -> u8 {
     (64 - last.leading_zeros() as u8).max(32)
 }
 
+/// The most RAM that fits guest-physical addresses of `ipa_bits` bits and one memslot
+/// (2³¹ − 1 pages: `KVM_MEM_MAX_NR_PAGES` of the kernel).
+pub fn max_ram(ipa_bits: u8) -> u64 {
+    const MEMSLOT: u64 = ((1 << 31) - 1) * PAGE_SIZE;
+    let addresses = 1u64.checked_shl(ipa_bits.into()).unwrap_or(u64::MAX);
+    addresses.saturating_sub(RAM_START).min(MEMSLOT)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_most_ram_ends_where_addresses_end_or_is_what_a_memslot_holds() {
+        assert_eq!(max_ram(32), 3 << 30);
+        assert_eq!(ipa_bits(max_ram(36)), 36);
+        assert_eq!(max_ram(52), (8 << 40) - PAGE_SIZE);
+    }
 
     #[test]
     fn ram_that_ends_at_four_gibibytes_needs_32_bits_and_one_page_more_needs_33() {

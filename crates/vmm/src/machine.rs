@@ -9,8 +9,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use engine::{Hypervisor, SystemEvent, Vcpu, Vm, VmBuilder};
 use mte::{MteFeatures, MteLevel};
 
-use crate::config::MachineConfig;
-use crate::console::Console;
+use crate::config::{MachineConfig, MemorySize};
+use crate::console::{Connection, Console};
 use crate::memory::GuestMemory;
 use crate::terminal::Command;
 use crate::vcpu::{VcpuEvent, VcpuThreads};
@@ -38,12 +38,20 @@ pub enum Error {
         offered: MteFeatures,
     },
     /// No vCPU, or too many.
-    #[error("{wanted} CPUs: this host gives a guest 1 to {offered}")]
+    #[error("--cpus {wanted}: this host gives a guest 1 to {offered}")]
     Cpus {
         /// How many were asked for.
         wanted: u32,
         /// How many there can be.
         offered: u32,
+    },
+    /// More RAM than the host has guest-physical addresses for.
+    #[error("--memory {wanted}: this host gives a guest at most {offered}")]
+    MemoryTooLarge {
+        /// How much was asked for.
+        wanted: MemorySize,
+        /// How much there can be.
+        offered: MemorySize,
     },
     /// Too many virtio devices.
     #[error("{wanted} disks, network interfaces and the like: a machine has room for {offered}")]
@@ -88,6 +96,11 @@ pub enum Error {
     /// Another virtio device.
     #[error(transparent)]
     Virtio(#[from] virtio::Error),
+    /// A vCPU's thread panicked.
+    #[error(
+        "a vCPU's thread panicked; what it said before is a defect of Tagvisor's, please report it"
+    )]
+    VcpuPanicked,
     /// Something else of the host's.
     #[error("{step}: {source}")]
     Host {
@@ -114,26 +127,24 @@ pub enum Ending {
     Off,
     /// The guest reset it.
     Reset,
-    /// The guest's kernel reported a crash.
-    Crash,
     /// The user or a signal asked for it.
     Asked,
 }
 
 enum Event {
     Vcpu(VcpuEvent),
-    Quit,
+    Stop,
 }
 
 /// Asks a machine to end, from any thread.
 #[derive(Clone)]
-pub struct Quitter(Sender<Event>);
+pub struct StopHandle(Sender<Event>);
 
-impl Quitter {
+impl StopHandle {
     /// Asks the machine to end. It then stops its vCPUs, completes what its devices have begun,
     /// and flushes its disks. Nothing happens if it has ended already.
-    pub fn quit(&self) {
-        let _ = self.0.send(Event::Quit);
+    pub fn stop(&self) {
+        let _ = self.0.send(Event::Stop);
     }
 }
 
@@ -149,8 +160,7 @@ pub struct Machine<H: Hypervisor> {
     mte: Option<MteFeatures>,
     vm: Arc<VmOf<H>>,
     memory: GuestMemory,
-    // The last to go: the terminal stays raw until nothing writes to it any more.
-    _console: Console,
+    _console: Connection,
 }
 
 type VmOf<H> = <<H as Hypervisor>::VmBuilder as VmBuilder>::Vm;
@@ -160,19 +170,24 @@ impl<H: Hypervisor> Machine<H>
 where
     VcpuOf<H>: Vcpu + 'static,
 {
-    /// Builds the machine. Its vCPUs stand at the guest's first instruction.
+    /// Builds the machine, with its serial port on `console`, one machine at a time. Its vCPUs
+    /// stand at the guest's first instruction.
     ///
     /// # Errors
     /// See [`Error`]. Nothing is left behind.
-    pub fn new(hypervisor: &H, config: &MachineConfig) -> Result<Self, Error> {
+    pub fn new(
+        hypervisor: &H,
+        config: &MachineConfig,
+        console: &mut Console,
+    ) -> Result<Self, Error> {
         let (sender, events) = mpsc::channel();
-        let quit = Quitter(sender.clone());
+        let handle = StopHandle(sender.clone());
         let on_command = move |command| {
             if command == Command::Quit {
-                quit.quit();
+                handle.stop();
             }
         };
-        let parts = assembly::assemble(hypervisor, config, on_command)?;
+        let parts = assembly::assemble(hypervisor, config, console, on_command)?;
         let report = sender.clone();
         let vcpus = VcpuThreads::start(parts.vcpus, &parts.bus, move |event| {
             let _ = report.send(Event::Vcpu(event));
@@ -194,8 +209,8 @@ where
     }
 
     /// A handle by which other threads end the machine.
-    pub fn quitter(&self) -> Quitter {
-        Quitter(self.sender.clone())
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle(self.sender.clone())
     }
 
     /// The MTE that the guest sees.
@@ -208,11 +223,14 @@ where
         &self.memory
     }
 
-    /// Runs the guest to the machine's end.
+    /// Runs the guest to the machine's end; not at all if it was asked to end before.
     ///
     /// # Errors
     /// A vCPU cannot run on.
     pub fn run(&mut self) -> Result<Ending, Error> {
+        if let Ok(Event::Stop) = self.events.try_recv() {
+            return Ok(Ending::Asked);
+        }
         if let Some(vcpus) = &self.vcpus {
             vcpus.resume();
         }
@@ -220,9 +238,9 @@ where
         match self.events.recv() {
             Ok(Event::Vcpu(VcpuEvent::System(SystemEvent::Off))) => Ok(Ending::Off),
             Ok(Event::Vcpu(VcpuEvent::System(SystemEvent::Reset))) => Ok(Ending::Reset),
-            Ok(Event::Vcpu(VcpuEvent::System(SystemEvent::Crash))) => Ok(Ending::Crash),
             Ok(Event::Vcpu(VcpuEvent::Failed(e))) => Err(e.into()),
-            Ok(Event::Quit) | Err(_) => Ok(Ending::Asked),
+            Ok(Event::Vcpu(VcpuEvent::Panicked)) => Err(Error::VcpuPanicked),
+            Ok(Event::Stop) | Err(_) => Ok(Ending::Asked),
         }
     }
 }

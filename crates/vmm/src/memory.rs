@@ -71,13 +71,16 @@ pub struct MemoryPlan {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The size is no whole number of pages.
-    #[error("memory of {size} bytes: it must be a multiple of {page} bytes{}", if *.page == HUGE_PAGE_SIZE { " with huge pages" } else { "" })]
+    #[error("--memory: {size} bytes: it must be a multiple of {page} bytes{}, and more than none", if *.page == HUGE_PAGE_SIZE { " with huge pages" } else { "" })]
     Size {
         /// Bytes asked for.
         size: u64,
         /// The page's size.
         page: u64,
     },
+    /// `--tag-access` for a guest without tags.
+    #[error("--tag-access: a guest with --mte off has no tags to reach")]
+    NoTags,
     /// `--tag-access alias` where the host cannot.
     #[error(
         "--tag-access alias: this host's kernel refuses shared memory to a guest with MTE (it is older than Linux 6.2), so there is \
@@ -121,6 +124,9 @@ impl MemoryPlan {
         huge_pages: bool,
     ) -> Result<Self, Error> {
         let Some(support) = host.mte.filter(|_| mte) else {
+            if access != TagAccess::Auto {
+                return Err(Error::NoTags);
+            }
             return Ok(Self {
                 memory_file: true,
                 huge_pages,
@@ -186,6 +192,9 @@ impl GuestMemory {
             .then(|| memory_file(size, plan.huge_pages))
             .transpose()
             .map_err(|e| host("making a memory file", e))?;
+        // The data mapping comes first: it is the one that reserves huge pages.
+        let region =
+            map_data(size, file.as_ref(), plan.huge_pages).map_err(|e| host("mapping it", e))?;
         let tag_mapping = match (&file, plan.tags) {
             (Some(file), Some(TagMethod::Alias)) => {
                 let mapping =
@@ -194,7 +203,6 @@ impl GuestMemory {
             }
             _ => None,
         };
-        let region = map_data(size, file).map_err(|e| host("mapping it", e))?;
         let host_address = NonNull::new(region.as_ptr())
             .ok_or_else(|| host("mapping it", io::ErrorKind::OutOfMemory.into()))?;
         let region = GuestRegionMmap::new(region, GuestAddress(RAM_START))
@@ -245,20 +253,29 @@ fn hint(plan: MemoryPlan) -> &'static str {
     }
 }
 
-fn map_data(size: u64, file: Option<File>) -> io::Result<vm_memory::MmapRegion<AtomicBitmap>> {
+fn map_data(
+    size: u64,
+    file: Option<&File>,
+    huge_pages: bool,
+) -> io::Result<vm_memory::MmapRegion<AtomicBitmap>> {
     let length = usize::try_from(size).map_err(|_| io::ErrorKind::OutOfMemory)?;
     let page = NonZeroUsize::new(PAGE_SIZE as usize).ok_or(io::ErrorKind::InvalidInput)?;
     let builder = MmapRegionBuilder::new_with_bitmap(length, AtomicBitmap::new(length, page))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    // Huge pages are reserved, so that too few of them are an error here and not a fault later.
+    let reserve = if huge_pages { 0 } else { libc::MAP_NORESERVE };
     let builder = match file {
         Some(file) => builder
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .with_file_offset(FileOffset::new(file, 0)),
+            .with_mmap_flags(libc::MAP_SHARED | reserve)
+            .with_file_offset(FileOffset::new(file.try_clone()?, 0)),
         None => {
             builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
         }
     };
-    builder.build().map_err(io::Error::other)
+    builder.build().map_err(|e| match e {
+        vm_memory::mmap::MmapRegionError::Mmap(e) => e,
+        e => io::Error::other(e),
+    })
 }
 
 fn memory_file(size: u64, huge_pages: bool) -> io::Result<File> {
@@ -432,6 +449,27 @@ mod tests {
                 huge_pages: true,
                 tags: None
             }
+        );
+    }
+
+    #[test]
+    fn a_way_to_tags_is_refused_for_a_guest_without_them() {
+        let error = MemoryPlan::choose(&host(NEW), false, TagAccess::Alias, false).unwrap_err();
+        assert!(matches!(error, Error::NoTags));
+    }
+
+    #[test]
+    fn huge_pages_that_are_not_reserved_are_an_error_at_once() {
+        let plan = MemoryPlan {
+            memory_file: true,
+            huge_pages: true,
+            tags: None,
+        };
+        // No host of tests reserves 64 TiB.
+        let error = GuestMemory::new(64 << 40, plan).err().unwrap().to_string();
+        assert!(
+            error.contains("are as many huge pages reserved?"),
+            "{error}"
         );
     }
 

@@ -3,41 +3,61 @@
 //! In raw mode every key goes to the guest, Ctrl-C among them. One key is kept back: after
 //! Ctrl-], the next key is for Tagvisor ([`Escape`]).
 
-use std::io::{self, IsTerminal};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::{Mutex, Once, PoisonError};
 
-/// Standard input in raw mode. Dropping it gives the terminal back as it was.
-pub struct RawMode {
-    saved: libc::termios,
-}
+/// How the terminal was before [`RawMode`].
+static SAVED: Mutex<Option<libc::termios>> = Mutex::new(None);
+
+/// Standard input, a terminal, in raw mode. Dropping it gives the terminal back as it was, and so does a panic.
+pub struct RawMode(());
 
 impl RawMode {
-    /// Puts standard input into raw mode. `None` if it is no terminal.
+    /// Puts the terminal at standard input into raw mode.
     ///
     /// # Errors
-    /// The terminal refuses.
-    pub fn enter() -> io::Result<Option<Self>> {
-        let stdin = io::stdin();
-        if !stdin.is_terminal() {
-            return Ok(None);
-        }
-        let saved = attributes(stdin.as_fd())?;
+    /// It is no terminal, or refuses.
+    pub fn enter() -> io::Result<Self> {
+        restore_on_panic();
+        let saved = attributes(io::stdin().as_fd())?;
         let mut raw = saved;
         // SAFETY: changes fields of the structure and nothing else.
         unsafe { libc::cfmakeraw(&raw mut raw) };
         // Messages of our own still begin at the left margin.
         raw.c_oflag |= libc::OPOST | libc::ONLCR;
-        set_attributes(stdin.as_fd(), &raw)?;
-        Ok(Some(Self { saved }))
+        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
+        set_attributes(io::stdin().as_fd(), &raw)?;
+        Ok(Self(()))
     }
 }
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        if let Err(e) = set_attributes(io::stdin().as_fd(), &self.saved) {
-            tracing::warn!("cannot restore the terminal: {e}");
-        }
+        restore();
     }
+}
+
+/// Gives the terminal back as it was before [`RawMode::enter`]. For those who end the program without dropping things.
+pub fn restore() {
+    let saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(saved) = saved
+        && let Err(e) = set_attributes(io::stdin().as_fd(), &saved)
+    {
+        tracing::warn!("cannot restore the terminal: {e}");
+    }
+}
+
+/// Where a panic aborts, nothing is dropped; where it unwinds, its message is readable before all threads have ended.
+fn restore_on_panic() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        let report = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            restore();
+            report(panic);
+        }));
+    });
 }
 
 fn attributes(terminal: BorrowedFd<'_>) -> io::Result<libc::termios> {

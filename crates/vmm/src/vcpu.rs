@@ -30,6 +30,8 @@ pub enum VcpuEvent {
     System(SystemEvent),
     /// The vCPU cannot run on.
     Failed(engine::Error),
+    /// The vCPU's thread panicked and is gone.
+    Panicked,
 }
 
 /// Where the machine says what it wants of its vCPUs, and where they wait.
@@ -41,7 +43,7 @@ pub struct Gate {
 
 struct GateState {
     wanted: RunState,
-    /// How many vCPUs wait here.
+    /// How many vCPUs wait here, or will never run again.
     parked: usize,
 }
 
@@ -89,6 +91,13 @@ impl Gate {
             state.parked -= 1;
         }
         state.wanted == RunState::Running
+    }
+
+    /// Lets nobody back into the guest, and counts the calling vCPU as parked for good.
+    fn give_up(&self) {
+        self.close();
+        self.lock().parked += 1;
+        self.parked.notify_all();
     }
 
     /// Waits until `count` vCPUs are parked.
@@ -174,6 +183,10 @@ impl<V: Vcpu> Drop for VcpuThreads<V> {
 }
 
 fn run<V: Vcpu>(mut vcpu: V, gate: &Gate, bus: &Bus, report: impl Fn(VcpuEvent)) -> V {
+    let _on_panic = ReportPanic {
+        gate,
+        report: &report,
+    };
     while gate.pass() {
         if let Some(event) = run_until_interrupted(&mut vcpu, bus) {
             gate.close();
@@ -181,6 +194,21 @@ fn run<V: Vcpu>(mut vcpu: V, gate: &Gate, bus: &Bus, report: impl Fn(VcpuEvent))
         }
     }
     vcpu
+}
+
+/// Speaks for a vCPU whose thread panics. Otherwise the machine would wait for it without end.
+struct ReportPanic<'a, R: Fn(VcpuEvent)> {
+    gate: &'a Gate,
+    report: &'a R,
+}
+
+impl<R: Fn(VcpuEvent)> Drop for ReportPanic<'_, R> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.gate.give_up();
+            (self.report)(VcpuEvent::Panicked);
+        }
+    }
 }
 
 /// Runs the guest until somebody wants this vCPU, or it has something to say.
@@ -205,6 +233,7 @@ mod tests {
     use engine::{Ppi, RegisterId, RegisterList};
 
     use super::*;
+    use crate::bus::MmioDevice;
 
     /// A vCPU that counts how often it ran, and asks for the machine's end after `off_after` runs.
     struct Counter {
@@ -264,20 +293,34 @@ mod tests {
         }
     }
 
-    fn started(
-        off_after: u64,
-    ) -> (
+    type Started = (
         VcpuThreads<Counter>,
         Arc<AtomicU64>,
         mpsc::Receiver<VcpuEvent>,
-    ) {
+    );
+
+    fn started(off_after: u64) -> Started {
+        started_on(&Arc::default(), off_after)
+    }
+
+    fn started_on(bus: &Arc<Bus>, off_after: u64) -> Started {
         let (vcpu, runs) = Counter::new(off_after);
         let (sender, events) = mpsc::channel();
-        let threads = VcpuThreads::start(vec![vcpu], &Arc::default(), move |event| {
+        let threads = VcpuThreads::start(vec![vcpu], bus, move |event| {
             sender.send(event).unwrap();
         })
         .unwrap();
         (threads, runs, events)
+    }
+
+    /// A device with a defect.
+    struct Defective;
+
+    impl MmioDevice for Defective {
+        fn read(&self, _: u64, _: &mut [u8]) {}
+        fn write(&self, _: u64, _: &[u8]) {
+            panic!("on purpose");
+        }
     }
 
     fn wait_for_more_runs(runs: &AtomicU64) {
@@ -322,6 +365,20 @@ mod tests {
         assert!(matches!(event, VcpuEvent::System(SystemEvent::Off)));
         assert_eq!(runs.load(Ordering::SeqCst), 100);
         assert!(events.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_vcpu_whose_thread_panics_is_heard_and_holds_up_no_pause() {
+        let mut bus = Bus::default();
+        bus.add(0, 8, Arc::new(Defective));
+        let (threads, _runs, events) = started_on(&Arc::new(bus), u64::MAX);
+        threads.resume();
+
+        let event = events.recv_timeout(Duration::from_secs(10));
+        threads.pause();
+
+        assert!(matches!(event, Ok(VcpuEvent::Panicked)));
+        assert!(threads.stop().is_empty());
     }
 
     #[test]

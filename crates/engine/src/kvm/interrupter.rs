@@ -26,6 +26,12 @@ pub fn install_signal_handler() -> Result<()> {
     })
 }
 
+thread_local! {
+    /// This thread's ID, asked for once: every MMIO exit passes here.
+    // SAFETY: a query without demands.
+    static THREAD: i32 = unsafe { libc::gettid() };
+}
+
 /// Ends the `KVM_RUN` of one vCPU.
 #[derive(Clone)]
 pub struct KvmInterrupter(Arc<Shared>);
@@ -52,9 +58,7 @@ impl KvmInterrupter {
 
     /// Says that the calling thread is about to run the vCPU.
     pub fn runs_here(&self) {
-        // SAFETY: a query without demands.
-        let thread = unsafe { libc::gettid() };
-        self.0.thread.store(thread, Ordering::SeqCst);
+        self.0.thread.store(THREAD.with(|id| *id), Ordering::SeqCst);
     }
 
     /// Takes the interruption back, once `KVM_RUN` returned for it.
@@ -75,7 +79,8 @@ impl Interrupter for KvmInterrupter {
     }
 }
 
-/// A mapping of its own of the page that a vCPU shares with KVM, so that it outlives the vCPU.
+/// A mapping of its own of the page that a vCPU shares with KVM. It outlives the vCPU, and its bytes
+/// are at other addresses than those that kvm-ioctls lends out as `&mut kvm_run`.
 struct RunPage(NonNull<kvm_run>);
 
 // SAFETY: only the `immediate_exit` byte is accessed, and that atomically.
@@ -105,8 +110,8 @@ impl RunPage {
     fn immediate_exit(&self) -> &AtomicU8 {
         // SAFETY: the mapping lives as long as `self` and holds a `kvm_run`.
         let byte = unsafe { &raw mut (*self.0.as_ptr()).immediate_exit };
-        // SAFETY: the byte is valid for `self`'s life; every Rust access to it while vCPUs run goes
-        // through this function, and the kernel reads it with single-copy atomicity (READ_ONCE).
+        // SAFETY: the byte is valid for `self`'s life, and nothing else in this process accesses it by
+        // this address but through this function; the kernel reads it with READ_ONCE.
         unsafe { AtomicU8::from_ptr(byte) }
     }
 }

@@ -61,6 +61,13 @@ fn open_kvm(path: &Path) -> Result<Kvm> {
         }
     })?;
     let found = kvm.get_api_version();
+    if found < 0 {
+        return Err(Error::Open {
+            path: path.display().to_string(),
+            source: io::ErrorKind::Unsupported.into(),
+            remedy: "it is no KVM device",
+        });
+    }
     let needed = KVM_API_VERSION as i32;
     if found != needed {
         return Err(Error::ApiVersion {
@@ -81,7 +88,7 @@ fn remedy(kind: io::ErrorKind) -> &'static str {
         io::ErrorKind::PermissionDenied => {
             "join the group that owns it (usually `kvm`), or run as root"
         }
-        _ => "is it a KVM device?",
+        _ => "is it a KVM device, and is its module loaded?",
     }
 }
 
@@ -101,6 +108,13 @@ impl Hypervisor for KvmHypervisor {
         }
         KvmVmBuilder::new(&self.kvm, ipa_bits)
     }
+}
+
+/// The page size of this host's kernel, in bytes.
+fn host_page_size() -> u64 {
+    // SAFETY: a query without demands.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(size).unwrap_or(4096)
 }
 
 /// Names the step of a host call that failed.

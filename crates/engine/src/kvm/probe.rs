@@ -11,10 +11,10 @@ use std::ptr::NonNull;
 use ::mte::MteFeatures;
 use kvm_ioctls::{Cap, Kvm};
 
-use super::mte;
 use super::vm::KvmVmBuilder;
+use super::{KvmVm, host_page_size, mte};
 use crate::{
-    Capabilities, Memslot, MteSupport, RegisterId, Result, Vcpu, VcpuFeatures, Vm, VmBuilder,
+    Capabilities, Error, Memslot, MteSupport, RegisterId, Result, Vcpu, VcpuFeatures, Vm, VmBuilder,
 };
 
 /// Enough for one page of the scratch VM, and accepted by every host.
@@ -49,7 +49,7 @@ fn mte_support(kvm: &Kvm) -> Result<MteSupport> {
     let mut builder = KvmVmBuilder::new(kvm, SCRATCH_IPA_BITS)?;
     builder.enable_mte()?;
     let vm = builder.build()?;
-    let shared_memory = accepts_memory_file(&vm, 0, 2 * page_size())?;
+    let shared_memory = accepts_memory_file(&vm, 0, host_page_size() as usize)?;
     let huge_pages =
         accepts_memory_file(&vm, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB, HUGE_PAGE_SIZE)?;
     let vcpu = vm.create_vcpu(0, VcpuFeatures::default())?;
@@ -64,9 +64,24 @@ fn mte_support(kvm: &Kvm) -> Result<MteSupport> {
 
 /// Whether a shared mapping of a memory file made with `flags` may be memory of `vm`. The kernel
 /// looks at the mapping, not at pages, so none is touched and none has to be there.
-fn accepts_memory_file(vm: &super::KvmVm, flags: libc::c_uint, size: usize) -> Result<bool> {
-    let Ok(mapping) = Mapping::of_memory_file(flags, size) else {
-        return Ok(false);
+fn accepts_memory_file(vm: &KvmVm, flags: libc::c_uint, size: usize) -> Result<bool> {
+    let mapping = match Mapping::of_memory_file(flags, size) {
+        Ok(mapping) => mapping,
+        // A kernel without huge pages of this size.
+        Err(e)
+            if matches!(
+                e.raw_os_error(),
+                Some(libc::EINVAL | libc::ENOENT | libc::ENODEV)
+            ) =>
+        {
+            return Ok(false);
+        }
+        Err(source) => {
+            return Err(Error::Host {
+                step: "making a memory file to offer a scratch VM",
+                source,
+            });
+        }
     };
     let memslot = Memslot {
         slot: 0,
@@ -77,11 +92,11 @@ fn accepts_memory_file(vm: &super::KvmVm, flags: libc::c_uint, size: usize) -> R
         read_only: false,
     };
     // SAFETY: the mapping is `size` bytes long, holds zeroes, and stays until the slot is deleted below.
-    let accepted = unsafe { vm.set_memslot(&memslot) }.is_ok();
-    if accepted {
-        vm.delete_memslot(0)?;
+    match unsafe { vm.set_memslot(&memslot) } {
+        Ok(()) => vm.delete_memslot(memslot.slot).map(|()| true),
+        Err(Error::MemoryWithoutTags { .. }) => Ok(false),
+        Err(e) => Err(e),
     }
-    Ok(accepted)
 }
 
 struct Mapping {
@@ -126,10 +141,4 @@ impl Drop for Mapping {
         // SAFETY: the mapping was made in `of_memory_file` with this size, and nothing refers to it any more.
         unsafe { libc::munmap(self.address.as_ptr().cast(), self.size) };
     }
-}
-
-fn page_size() -> usize {
-    // SAFETY: a query without demands.
-    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    usize::try_from(size).unwrap_or(4096)
 }

@@ -6,8 +6,8 @@ use kvm_bindings::{
     KVM_ARM_VCPU_EL1_32BIT, KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_PMU_V3_CTRL,
     KVM_ARM_VCPU_PMU_V3_INIT, KVM_ARM_VCPU_PMU_V3_IRQ, KVM_ARM_VCPU_POWER_OFF,
     KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS, KVM_ARM_VCPU_PTRAUTH_GENERIC,
-    KVM_ARM_VCPU_SVE, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
-    RegList, kvm_device_attr, kvm_vcpu_init,
+    KVM_ARM_VCPU_SVE, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, RegList, kvm_device_attr,
+    kvm_vcpu_init,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
@@ -130,7 +130,6 @@ fn system_event(event: u32) -> Outcome {
     match event {
         KVM_SYSTEM_EVENT_SHUTDOWN => Outcome::System(SystemEvent::Off),
         KVM_SYSTEM_EVENT_RESET => Outcome::System(SystemEvent::Reset),
-        KVM_SYSTEM_EVENT_CRASH => Outcome::System(SystemEvent::Crash),
         _ => Outcome::Failed(format!("KVM reports system event {event}, unknown here")),
     }
 }

@@ -1,6 +1,8 @@
 //! A VM on KVM, under construction and built.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kvm_bindings::{
     KVM_ARM_IRQ_TYPE_SHIFT, KVM_ARM_IRQ_TYPE_SPI, KVM_DEV_ARM_VGIC_CTRL_INIT,
@@ -12,7 +14,7 @@ use kvm_bindings::{
 use kvm_ioctls::{DeviceFd, Kvm, VmFd};
 
 use super::mte::{self, CopyTags};
-use super::{KvmVcpu, host_error};
+use super::{KvmVcpu, host_error, host_page_size};
 use crate::{
     Error, GicLayout, Memslot, Result, Spi, TagCopyError, TagCopyResult, VcpuFeatures, Vm,
     VmBuilder,
@@ -50,7 +52,8 @@ impl VmBuilder for KvmVmBuilder {
         Ok(KvmVm {
             vm: self.vm,
             mte: self.mte,
-            gic: std::sync::OnceLock::new(),
+            slot_sizes: Mutex::default(),
+            gic: OnceLock::new(),
         })
     }
 }
@@ -59,10 +62,18 @@ impl VmBuilder for KvmVmBuilder {
 pub struct KvmVm {
     vm: VmFd,
     mte: bool,
-    gic: std::sync::OnceLock<DeviceFd>,
+    /// Bytes of each memslot: KVM writes a dirty log as long as the slot, whatever buffer it is given.
+    slot_sizes: Mutex<BTreeMap<u32, u64>>,
+    gic: OnceLock<DeviceFd>,
 }
 
 impl KvmVm {
+    fn slot_sizes(&self) -> MutexGuard<'_, BTreeMap<u32, u64>> {
+        self.slot_sizes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn copy_tags(&self, ipa: u64, length: u64, tags: CopyTags<'_>) -> TagCopyResult {
         if !self.mte {
             return Err(TagCopyError::NoMte);
@@ -101,10 +112,14 @@ impl Vm for KvmVm {
     }
 
     unsafe fn set_memslot(&self, memslot: &Memslot) -> Result<()> {
+        // Held over the call, so that the sizes are those of the slots.
+        let mut sizes = self.slot_sizes();
+        let is_new = !sizes.contains_key(&memslot.slot);
         // SAFETY: the caller vouches for the memory.
         unsafe { self.vm.set_user_memory_region(region(memslot)) }.map_err(|e| {
             let source = io::Error::from(e);
-            if self.mte && is_whole_pages(memslot) && source.raw_os_error() == Some(libc::EINVAL) {
+            let without_tags = self.mte && is_new && is_whole_pages(memslot);
+            if without_tags && source.raw_os_error() == Some(libc::EINVAL) {
                 Error::MemoryWithoutTags { slot: *memslot }
             } else {
                 Error::Memslot {
@@ -112,7 +127,9 @@ impl Vm for KvmVm {
                     source,
                 }
             }
-        })
+        })?;
+        sizes.insert(memslot.slot, memslot.size);
+        Ok(())
     }
 
     fn delete_memslot(&self, slot: u32) -> Result<()> {
@@ -120,11 +137,14 @@ impl Vm for KvmVm {
             slot,
             ..Default::default()
         };
+        let mut sizes = self.slot_sizes();
         // SAFETY: a slot of no bytes has no memory.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(|e| Error::DeleteMemslot {
             slot,
             source: e.into(),
-        })
+        })?;
+        sizes.remove(&slot);
+        Ok(())
     }
 
     fn create_vcpu(&self, index: u32, features: VcpuFeatures) -> Result<KvmVcpu> {
@@ -159,25 +179,28 @@ impl Vm for KvmVm {
         self.copy_tags(ipa, length, CopyTags::ToGuest(tags))
     }
 
-    fn take_dirty_log(&self, slot: u32, size: u64) -> Result<Vec<u64>> {
-        let size = usize::try_from(size).map_err(|_| Error::DirtyLog {
-            slot,
-            source: io::ErrorKind::InvalidInput.into(),
-        })?;
+    fn take_dirty_log(&self, slot: u32) -> Result<Vec<u64>> {
+        let error = |source| Error::DirtyLog { slot, source };
+        // Held over the call, so that the slot does not change its size meanwhile.
+        let sizes = self.slot_sizes();
+        let size = sizes
+            .get(&slot)
+            .and_then(|size| usize::try_from(*size).ok())
+            .ok_or_else(|| error(io::ErrorKind::NotFound.into()))?;
         self.vm
             .get_dirty_log(slot, size)
-            .map_err(|e| Error::DirtyLog {
-                slot,
-                source: e.into(),
-            })
+            .map_err(|e| error(e.into()))
     }
 }
 
-/// Whether the kernel's complaint can be about the mapping: a slot that is not made of whole pages
-/// is refused with the same error.
+/// Whether nothing but the mapping behind a new memslot can be what the kernel complains of: slots
+/// that are not made of whole pages, or of too many, are refused with the same error.
 fn is_whole_pages(memslot: &Memslot) -> bool {
-    let page = 4096;
-    memslot.size != 0
+    /// `KVM_MEM_MAX_NR_PAGES` of the kernel.
+    const MAX_PAGES: u64 = (1 << 31) - 1;
+    let page = host_page_size();
+    memslot.size / page <= MAX_PAGES
+        && memslot.size != 0
         && memslot.size.is_multiple_of(page)
         && memslot.ipa.is_multiple_of(page)
         && (memslot.host_address.as_ptr() as u64).is_multiple_of(page)

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use engine::kvm::KvmHypervisor;
 use engine::{Capabilities, Hypervisor, Vm, VmBuilder};
 use mte::{MteLevel, Tag, TagPage};
-use vmm::layout::{self, RAM_START};
+use vmm::layout::{self, PAGE_SIZE, RAM_START};
 use vmm::memory::tags::{AliasTags, CopiedTags, TagStore};
 use vmm::memory::{GuestMemory, MemoryPlan, TagAccess, TagMethod};
 
@@ -135,26 +135,27 @@ fn tag_access(hypervisor: &KvmHypervisor) -> Finding {
 }
 
 fn try_tag_access(hypervisor: &KvmHypervisor) -> Result<TagMethod, Box<dyn std::error::Error>> {
-    const PAGES: usize = 4;
     let plan = MemoryPlan::choose(hypervisor.capabilities(), true, TagAccess::Auto, false)?;
-    let size = vmm::memory::host_page_size() * PAGES as u64;
+    let size = 4 * vmm::memory::host_page_size();
     let memory = Arc::new(GuestMemory::new(size, plan)?);
     let mut builder = hypervisor.new_vm(layout::ipa_bits(size))?;
     builder.enable_mte()?;
     let vm = Arc::new(builder.build()?);
-    // SAFETY: the memory holds nothing, and no vCPU ever runs in this VM.
+    // SAFETY: the mapping is `size` bytes of zeroes, and is dropped after the VM, being older.
     unsafe { vm.set_memslot(&memory.memslot()) }?;
 
     let copied = CopiedTags::new(memory.clone(), vm.clone());
     let method = plan.tags.ok_or("no method was chosen")?;
-    let written: [TagPage; PAGES] = std::array::from_fn(|page| pattern(page as u8));
+    let written: Vec<TagPage> = (0..size / PAGE_SIZE)
+        .map(|page| pattern(page as u8))
+        .collect();
     match method {
         TagMethod::Alias => AliasTags::new(memory.clone())
             .ok_or("the CPU does not let programs use tags")?
             .write(RAM_START, &written)?,
         TagMethod::Ioctl => copied.write(RAM_START, &written)?,
     }
-    let mut read = [TagPage::ZERO; PAGES];
+    let mut read = vec![TagPage::ZERO; written.len()];
     copied.read(RAM_START, &mut read)?;
     if read != written {
         return Err("tags read back differ from those written".into());
@@ -236,14 +237,7 @@ fn minor_faults_of_shared_memory() -> io::Result<()> {
     const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
     const UFFD_FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 
-    // SAFETY: makes a descriptor; no memory is involved.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
-    let fd = i32::try_from(fd)
-        .ok()
-        .filter(|fd| *fd >= 0)
-        .ok_or_else(io::Error::last_os_error)?;
-    // SAFETY: the descriptor was just made and nobody else has it.
-    let uffd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let uffd = userfaultfd()?;
     let mut api = UffdioApi {
         api: UFFD_API,
         features: UFFD_FEATURE_MINOR_SHMEM,
@@ -254,6 +248,26 @@ fn minor_faults_of_shared_memory() -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// A userfaultfd by the system call or, for those who may not make it, by the device (Linux 6.1 and later).
+fn userfaultfd() -> io::Result<OwnedFd> {
+    const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
+    const FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
+
+    // SAFETY: makes a descriptor; no memory is involved.
+    let by_call = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) };
+    let by_call = i32::try_from(by_call).ok().filter(|fd| *fd >= 0);
+    let refused = io::Error::last_os_error();
+    let fd = by_call.or_else(|| {
+        let device = fs::File::open("/dev/userfaultfd").ok()?;
+        // SAFETY: makes a descriptor; no memory is involved.
+        let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW as _, FLAGS) };
+        (fd >= 0).then_some(fd)
+    });
+    // SAFETY: the descriptor was just made and nobody else has it.
+    fd.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+        .ok_or(refused)
 }
 
 fn mte_for_programs() -> Finding {
@@ -286,7 +300,11 @@ fn cpu_features(host: &Capabilities) -> Finding {
         } else {
             features.join(", ")
         },
-        meaning: "Guests get all of them.",
+        meaning: if features.is_empty() {
+            "Guests get a plain Armv8 CPU."
+        } else {
+            "Guests get all of them."
+        },
     }
 }
 

@@ -21,6 +21,8 @@ use crate::bus::MmioDevice;
 const OUTPUT_CAPACITY: usize = 1 << 20;
 /// How long a vCPU waits for a reader that does not read before the byte is given up.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// How long the program's end waits for a reader: the last lines say why a guest died.
+const LAST_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The serial port.
 pub struct SerialPort<T: Trigger> {
@@ -107,9 +109,12 @@ impl Output {
 }
 
 impl Drop for Output {
-    /// Waits until everything was written, but not for a reader that does not read.
+    /// Waits until everything was written, but not for ever for a reader that does not read.
     fn drop(&mut self) {
-        self.buffer.close();
+        let lost = self.buffer.close(LAST_PATIENCE);
+        if lost != 0 {
+            tracing::warn!("the last {lost} bytes of console output are lost: nobody read them");
+        }
     }
 }
 
@@ -128,9 +133,11 @@ struct Shared {
 #[derive(Default)]
 struct OutputState {
     waiting: VecDeque<u8>,
-    writing: bool,
+    /// How many bytes the writer has taken and not yet written.
+    writing: usize,
     closed: bool,
-    lost: u64,
+    /// How many bytes were given up, because `waiting` was full, since the writer last took any.
+    lost: usize,
 }
 
 impl OutputBuffer {
@@ -147,7 +154,7 @@ impl OutputBuffer {
             })
             .unwrap_or_else(PoisonError::into_inner);
         if state.waiting.len() + bytes.len() > OUTPUT_CAPACITY {
-            state.lost += bytes.len() as u64;
+            state.lost += bytes.len();
         } else {
             state.waiting.extend(bytes);
             self.0.added.notify_one();
@@ -155,26 +162,20 @@ impl OutputBuffer {
     }
 
     fn write_out(&self, mut writer: impl Write) {
+        let mut has_failed = false;
         while let Some((bytes, lost)) = self.take() {
-            let mut result = writer.write_all(&bytes);
-            if lost != 0 {
-                result = result.and_then(|()| {
-                    write!(
-                        writer,
-                        "\r\n[tagvisor: {lost} bytes of console output lost: nobody read them]\r\n"
-                    )
-                });
+            if let Err(e) = write_batch(&mut writer, &bytes, lost)
+                && !std::mem::replace(&mut has_failed, true)
+            {
+                tracing::warn!("console output is lost: {e}; this is said once");
             }
-            if let Err(e) = result.and_then(|()| writer.flush()) {
-                tracing::debug!("console: {e}");
-            }
-            self.state().writing = false;
+            self.state().writing = 0;
             self.0.written.notify_all();
         }
     }
 
     /// Waits for output. `None` when the port is closed and all was taken.
-    fn take(&self) -> Option<(Vec<u8>, u64)> {
+    fn take(&self) -> Option<(Vec<u8>, usize)> {
         let mut state = self
             .0
             .added
@@ -185,19 +186,40 @@ impl OutputBuffer {
         if state.waiting.is_empty() {
             return None;
         }
-        state.writing = true;
+        state.writing = state.waiting.len();
         let lost = std::mem::take(&mut state.lost);
         Some((state.waiting.drain(..).collect(), lost))
     }
 
-    fn close(&self) {
+    /// Waits for the writer, `patience` at most, and returns how many bytes were not written by then.
+    fn close(&self, patience: Duration) -> usize {
         let mut state = self.state();
         state.closed = true;
         self.0.added.notify_one();
-        let _drained = self.0.written.wait_timeout_while(state, PATIENCE, |state| {
-            state.writing || !state.waiting.is_empty()
-        });
+        let (state, _) = self
+            .0
+            .written
+            .wait_timeout_while(state, patience, |state| state.unwritten() != 0)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.unwritten()
     }
+}
+
+impl OutputState {
+    fn unwritten(&self) -> usize {
+        self.writing + self.waiting.len() + self.lost
+    }
+}
+
+fn write_batch(writer: &mut impl Write, bytes: &[u8], lost: usize) -> io::Result<()> {
+    writer.write_all(bytes)?;
+    if lost != 0 {
+        write!(
+            writer,
+            "\r\n[tagvisor: {lost} bytes of console output lost: nobody read them]\r\n"
+        )?;
+    }
+    writer.flush()
 }
 
 impl Write for OutputBuffer {
@@ -220,6 +242,7 @@ mod tests {
     const DATA: u64 = 0;
     const INTERRUPT_ENABLE: u64 = 1;
     const LINE_STATUS: u64 = 5;
+    const SCRATCH: u64 = 7;
     const DATA_READY: u8 = 1;
 
     struct Pulse(mpsc::Sender<()>);
@@ -255,6 +278,39 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    /// Takes nothing until the other side is gone, and then everything.
+    struct HeldReader(mpsc::Receiver<()>, Reader);
+
+    impl Write for HeldReader {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.0.recv();
+            self.1.write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// A disk that is full.
+    struct Full;
+
+    impl Write for Full {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn wait_until_written(buffer: &OutputBuffer) {
+        let state = buffer
+            .0
+            .written
+            .wait_while(buffer.state(), |state| state.unwritten() != 0);
+        drop(state);
     }
 
     fn port(output: &Output) -> (SerialPort<Pulse>, mpsc::Receiver<()>, EventFd) {
@@ -312,7 +368,7 @@ mod tests {
 
     #[test]
     fn a_reader_that_does_not_read_costs_output_and_holds_nobody() {
-        let (_hold, held) = mpsc::channel();
+        let (hold, held) = mpsc::channel();
         let output = Output::to(Stalled(held)).unwrap();
         let begun = std::time::Instant::now();
 
@@ -323,6 +379,87 @@ mod tests {
         }
 
         assert!(begun.elapsed() < 3 * PATIENCE);
+        drop(hold);
+    }
+
+    #[test]
+    fn what_a_reader_missed_is_said_when_it_reads_again() {
+        let (hold, held) = mpsc::channel();
+        let (sender, received) = mpsc::channel();
+        let buffer = OutputBuffer(Arc::default());
+
+        buffer.push(&vec![b'a'; OUTPUT_CAPACITY]);
+        buffer.push(b"bc");
+        let writer = buffer.clone();
+        let thread = thread::spawn(move || writer.write_out(HeldReader(held, Reader(sender))));
+        drop(hold);
+        let unwritten = buffer.close(Duration::from_secs(10));
+        thread.join().unwrap();
+
+        let text: Vec<u8> = received
+            .try_iter()
+            .flatten()
+            .skip(OUTPUT_CAPACITY)
+            .collect();
+        assert_eq!(
+            String::from_utf8(text).unwrap(),
+            "\r\n[tagvisor: 2 bytes of console output lost: nobody read them]\r\n"
+        );
+        assert_eq!(unwritten, 0);
+    }
+
+    #[test]
+    fn the_end_waits_for_a_slow_reader() {
+        let (hold, held) = mpsc::channel();
+        let (sender, received) = mpsc::channel();
+        let output = Output::to(HeldReader(held, Reader(sender))).unwrap();
+        output.buffer.push(b"Kernel panic");
+
+        let slow = thread::spawn(move || {
+            thread::sleep(2 * PATIENCE);
+            drop(hold);
+        });
+        drop(output);
+
+        let text: Vec<u8> = received.try_iter().flatten().collect();
+        assert_eq!(text, b"Kernel panic");
+        slow.join().unwrap();
+    }
+
+    #[test]
+    fn what_nobody_read_at_the_end_is_counted() {
+        let (_hold, held) = mpsc::channel();
+        let buffer = OutputBuffer(Arc::default());
+        buffer.push(b"abc");
+        let writer = buffer.clone();
+        thread::spawn(move || writer.write_out(Stalled(held)));
+
+        assert_eq!(buffer.close(Duration::from_millis(50)), 3);
+    }
+
+    #[test]
+    fn a_full_disk_is_told_of_once() {
+        let (sender, logged) = mpsc::channel();
+        let log = tracing_subscriber::fmt()
+            .with_writer(move || Reader(sender.clone()))
+            .finish();
+        let buffer = OutputBuffer(Arc::default());
+        let guest = buffer.clone();
+        let writer = thread::spawn(move || {
+            tracing::subscriber::with_default(log, || buffer.write_out(Full));
+        });
+
+        guest.push(b"a");
+        wait_until_written(&guest);
+        guest.push(b"b");
+        guest.close(Duration::from_secs(10));
+        writer.join().unwrap();
+
+        let lines: Vec<_> = logged.try_iter().collect();
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(
+            String::from_utf8_lossy(&lines[0]).contains("console output is lost: no storage space")
+        );
     }
 
     #[test]
@@ -330,10 +467,13 @@ mod tests {
         let output = Output::to(io::sink()).unwrap();
         let (port, _pulses, _room) = port(&output);
         let mut data = [0; 4];
+        let mut scratch = [0];
+        port.write(SCRATCH, &[0x5a]);
 
-        port.write(DATA, &[1; 8]);
+        port.write(SCRATCH, &[1; 8]);
         port.read(LINE_STATUS, &mut data);
+        port.read(SCRATCH, &mut scratch);
 
-        assert_eq!(data, [0; 4]);
+        assert_eq!((data, scratch), ([0; 4], [0x5a]));
     }
 }

@@ -14,8 +14,8 @@ use vm_superio::Trigger;
 use super::{Error, VcpuOf, VmOf};
 use crate::boot::{self, Loaded};
 use crate::bus::{Bus, MmioDevice};
-use crate::config::{DiskConfig, MachineConfig, MteConfig, NetConfig};
-use crate::console::Console;
+use crate::config::{DiskConfig, MachineConfig, MemorySize, MteConfig, NetConfig};
+use crate::console::{Connection, Console};
 use crate::devices::rtc::RealTimeClock;
 use crate::fdt;
 use crate::layout::{self, DEVICE_SIZE};
@@ -36,18 +36,20 @@ pub(super) struct Parts<H: Hypervisor> {
     pub mte: Option<MteFeatures>,
     pub vm: Arc<VmOf<H>>,
     pub memory: GuestMemory,
-    pub console: Console,
+    pub console: Connection,
 }
 
-/// Builds all parts of a machine; the user's commands at the console go to `on_command`.
+/// Builds all parts of a machine, its serial port on `console`; the user's commands there go to `on_command`.
 pub(super) fn assemble<H: Hypervisor>(
     hypervisor: &H,
     config: &MachineConfig,
+    console: &mut Console,
     on_command: impl Fn(Command) + Send + 'static,
 ) -> Result<Parts<H>, Error> {
     let host = hypervisor.capabilities();
     let mte = guest_mte(host, config.mte)?;
     check_cpus(host, config.cpus)?;
+    check_memory(host, config.memory)?;
     let plan = MemoryPlan::choose(host, mte.is_some(), config.tag_access, config.huge_pages)?;
     let memory = GuestMemory::new(config.memory.0, plan)?;
     let loaded = load(&memory, config)?;
@@ -77,7 +79,7 @@ pub(super) fn assemble<H: Hypervisor>(
 
     let mut bus = Bus::default();
     let virtio = add_virtio(&mut bus, virtio_devices(config)?, &vm, &memory)?;
-    let console = add_console(&mut bus, config, &vm, on_command)?;
+    let console = add_serial_port(&mut bus, &vm, console, on_command)?;
     bus.add(layout::RTC, DEVICE_SIZE, Arc::new(RealTimeClock::new()));
 
     let description = fdt::Description {
@@ -128,6 +130,18 @@ fn check_cpus(host: &Capabilities, wanted: u32) -> Result<(), Error> {
         _ if wanted > offered => Err(Error::Cpus { wanted, offered }),
         _ => Ok(()),
     }
+}
+
+/// Before any is had: even the bookkeeping of absurd sizes is large.
+fn check_memory(host: &Capabilities, wanted: MemorySize) -> Result<(), Error> {
+    let offered = layout::max_ram(host.ipa_bits);
+    if wanted.0 > offered {
+        return Err(Error::MemoryTooLarge {
+            wanted,
+            offered: MemorySize(offered),
+        });
+    }
+    Ok(())
 }
 
 fn load(memory: &GuestMemory, config: &MachineConfig) -> Result<Loaded, Error> {
@@ -259,20 +273,19 @@ fn add_virtio<V: Vm>(
     Ok(transports)
 }
 
-fn add_console<V: Vm>(
+fn add_serial_port<V: Vm>(
     bus: &mut Bus,
-    config: &MachineConfig,
     vm: &Arc<V>,
+    console: &mut Console,
     on_command: impl Fn(Command) + Send + 'static,
-) -> Result<Console, Error> {
-    let mut console = Console::open(&config.console)?;
+) -> Result<Connection, Error> {
     let line = SpiLine {
         vm: vm.clone(),
         spi: spi(layout::SERIAL_SPI),
     };
-    let port = console.connect(line, on_command)?;
+    let (port, connection) = console.connect(line, on_command)?;
     bus.add(layout::SERIAL, DEVICE_SIZE, port);
-    Ok(console)
+    Ok(connection)
 }
 
 fn spi(number: u32) -> Spi {
@@ -413,6 +426,15 @@ mod tests {
         assert!(
             error.to_string().contains("this host offers MTE2"),
             "{error}"
+        );
+    }
+
+    #[test]
+    fn more_memory_than_the_host_has_addresses_for_is_refused() {
+        let error = check_memory(&host(MTE3), MemorySize(2 << 40)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "--memory 2097152M: this host gives a guest at most 1047552M"
         );
     }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use engine::{TagCopyError, Vm};
 use mte::TagPage;
 
-use super::GuestMemory;
+use super::{GuestMemory, host_page_size};
 use crate::layout::{PAGE_SIZE, RAM_START};
 
 /// Why tags could not be reached.
@@ -107,7 +107,8 @@ impl TagStore for AliasTags {
     }
 }
 
-/// Tags reached by the engine's bulk copy.
+/// Tags reached by the engine's bulk copy, which knows only whole pages of the host: on a host with
+/// pages of 16 or 64 KiB, addresses and counts are multiples of those.
 pub struct CopiedTags<V> {
     memory: Arc<GuestMemory>,
     vm: Arc<V>,
@@ -116,6 +117,14 @@ pub struct CopiedTags<V> {
 /// Pages copied by one call: the host holds a lock of the VM meanwhile.
 const PAGES_A_CALL: usize = 64;
 const GRANULES: usize = PAGE_SIZE as usize / mte::GRANULE_SIZE;
+
+/// As [`offset_in_ram`], of pages that are whole pages of the host.
+fn check_host_pages(memory: &GuestMemory, ipa: u64, pages: usize) -> Result<(), Error> {
+    let offset = offset_in_ram(memory, ipa, pages)?;
+    let host_page = host_page_size();
+    let whole = (offset | (pages as u64 * PAGE_SIZE)).is_multiple_of(host_page);
+    whole.then_some(()).ok_or(Error::Range { ipa, pages })
+}
 
 impl<V: Vm> CopiedTags<V> {
     /// Tags of `memory`, which is RAM of `vm`.
@@ -126,7 +135,7 @@ impl<V: Vm> CopiedTags<V> {
 
 impl<V: Vm> TagStore for CopiedTags<V> {
     fn read(&self, mut ipa: u64, tags: &mut [TagPage]) -> Result<(), Error> {
-        offset_in_ram(&self.memory, ipa, tags.len())?;
+        check_host_pages(&self.memory, ipa, tags.len())?;
         let mut buffer = [0; PAGES_A_CALL * GRANULES];
         for chunk in tags.chunks_mut(PAGES_A_CALL) {
             let bytes = &mut buffer[..chunk.len() * GRANULES];
@@ -142,7 +151,7 @@ impl<V: Vm> TagStore for CopiedTags<V> {
     }
 
     fn write(&self, mut ipa: u64, tags: &[TagPage]) -> Result<(), Error> {
-        offset_in_ram(&self.memory, ipa, tags.len())?;
+        check_host_pages(&self.memory, ipa, tags.len())?;
         for chunk in tags.chunks(PAGES_A_CALL) {
             let bytes: Vec<u8> = chunk.iter().flat_map(TagPage::unpack).collect();
             copy_whole(ipa, bytes.len(), |ipa, done| {

@@ -1,0 +1,73 @@
+# What the tests in the lab share: starting guests, and saying what failed.
+
+set -euo pipefail
+LAB=${LAB:-/lab}
+OUT=${OUT:-.}
+# No guest here takes longer, whatever else the machine does.
+LIMIT=240
+
+fail() {
+    printf 'FAIL: %s\n' "$*"
+    exit 1
+}
+
+# linux NAME KERNEL [OPTION…] -- COMMAND: runs COMMAND in a Linux guest to its end, the console in $OUT/NAME.console.
+# $INITRD is an initrd other than the kernel's own. The status is tagvisor's.
+linux() {
+    local name=$1 kernel=$LAB/kernels/$2 options=()
+    shift 2
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    timeout --kill-after 10 $LIMIT tagvisor run --name "$name" --no-reboot \
+        --kernel "$kernel/Image" --initrd "${INITRD:-$kernel/initrd.cpio}" \
+        --cmdline "console=ttyS0 quiet panic=-1 -- $*" \
+        "${options[@]}" < /dev/null > "$OUT/$name.console" 2>&1
+}
+
+# linux_succeeds NAME KERNEL [OPTION…] -- COMMAND: the same, and COMMAND must succeed.
+linux_succeeds() {
+    linux "$@" || fail "$1: tagvisor ended with status $?"
+    console_has "$1" 'guest: exit 0'
+}
+
+# payload NAME PAYLOAD [OPTION…]: runs a bare-metal payload, which must say that all is well.
+payload() {
+    local name=$1 binary=$LAB/bin/$2.bin
+    shift 2
+    timeout --kill-after 10 $LIMIT tagvisor run --name "$name" --no-reboot --flat "$binary" "$@" \
+        < /dev/null > "$OUT/$name.console" 2>&1 || fail "$name: tagvisor ended with status $?"
+    console_has "$name" 'payload: ok'
+    console_lacks "$name" FAIL
+}
+
+console_has() {
+    grep -qF -- "$2" "$OUT/$1.console" || fail "$1: the console lacks '$2'"
+}
+
+console_lacks() {
+    if grep -F -- "$2" "$OUT/$1.console"; then
+        fail "$1: the console has '$2'"
+    fi
+}
+
+# refused STATUS TEXT COMMAND…: COMMAND ends with STATUS and its error holds TEXT.
+refused() {
+    local expected=$1 text=$2 status=0
+    shift 2
+    timeout 60 "$@" < /dev/null > refused.out 2> refused.err || status=$?
+    [ "$status" = "$expected" ] || fail "status $status instead of $expected: $* ($(cat refused.err))"
+    grep -qF -- "$text" refused.err || fail "the error of '$*' lacks '$text': $(cat refused.err)"
+    echo "refused: $(head -n 1 refused.err)"
+}
+
+# wait_for_console NAME TEXT: waits until the console has TEXT.
+wait_for_console() {
+    local deadline=$((SECONDS + LIMIT))
+    until grep -qF -- "$2" "$OUT/$1.console" 2> /dev/null; do
+        [ $SECONDS -lt $deadline ] || fail "$1: the console still lacks '$2'"
+        sleep 0.2
+    done
+}
