@@ -11,6 +11,7 @@ findings = {finding["id"]: finding for finding in report["findings"]}
 assert report["mte_guests"] is True
 assert findings["mte"]["value"].startswith("MTE3")
 assert findings["tag-access"]["value"].startswith("alias")
+assert findings["transparent-huge-pages"]["available"] is True
 assert findings["userfaultfd-minor"]["available"] is True
 assert all(finding["meaning"] for finding in report["findings"])
 END

@@ -27,6 +27,9 @@ pub struct Arguments {
     /// One CPU whose time counts instructions: figures that repeat
     #[arg(long)]
     icount: bool,
+    /// One more word for the command line of the host's kernel; can be repeated
+    #[arg(long = "append", value_name = "WORD", allow_hyphen_values = true)]
+    kernel_args: Vec<String>,
     /// One more argument for QEMU; can be repeated
     #[arg(long = "qemu-arg", value_name = "ARG", allow_hyphen_values = true)]
     qemu_args: Vec<String>,
@@ -57,6 +60,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         cpus: arguments.cpus,
         memory: arguments.memory.clone(),
         icount: arguments.icount,
+        kernel_args: arguments.kernel_args.clone(),
         qemu_args: arguments.qemu_args.clone(),
         share: arguments.share.clone(),
         kernel: arguments.kernel.clone(),

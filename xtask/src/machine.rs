@@ -42,6 +42,8 @@ pub struct Config<'a> {
     pub memory: &'a str,
     /// Whether time counts instructions.
     pub icount: bool,
+    /// Words for the kernel's command line.
+    pub kernel_args: &'a [String],
     pub qemu_args: &'a [String],
     pub kernel: &'a Kernel,
     /// The archive of [`crate::kernel::host_archive`].
@@ -314,7 +316,8 @@ fn arguments(config: &Config) -> Vec<OsString> {
     }
     arguments.with_path("-kernel", "", &config.kernel.image, "");
     arguments.with_path("-initrd", "", &folder.join("initrd"), "");
-    arguments.add(&["-append", COMMAND_LINE]);
+    let command_line = [&[COMMAND_LINE.to_owned()], config.kernel_args].concat();
+    arguments.add(&["-append", &command_line.join(" ")]);
     arguments.with_path("-serial", "file:", &folder.join(CONSOLE_LOG), "");
 
     arguments.add(&["-device", "virtio-serial-pci"]);

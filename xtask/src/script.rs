@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! # lab: cpus=4 memory=6G kernel=bookworm timeout=300
-//! # lab: icount own-host
+//! # lab: icount append=arm64.nomte own-host
 //! ```
 
 use std::fs;
@@ -60,11 +60,12 @@ impl Wants {
             Some(("cpus", number)) => self.host.cpus = number.parse()?,
             Some(("memory", size)) => self.host.memory = size.to_owned(),
             Some(("kernel", name)) => self.host.kernel = Some(name.to_owned()),
+            Some(("append", word)) => self.host.kernel_args.push(word.to_owned()),
             Some(("timeout", seconds)) => self.limit = Duration::from_secs(seconds.parse()?),
             None if word == "icount" => self.host.icount = true,
             None if word == "own-host" => self.own_host = true,
             _ => bail!(
-                "there are cpus=N, memory=SIZE, kernel=NAME, timeout=SECONDS, icount and own-host"
+                "there are cpus=N, memory=SIZE, kernel=NAME, append=WORD, timeout=SECONDS, icount and own-host"
             ),
         }
         Ok(())
@@ -124,6 +125,14 @@ mod tests {
         assert_eq!(wants.host.cpus, 4);
         assert_eq!(wants.host.kernel.as_deref(), Some("bookworm"));
         assert_eq!(wants.limit, Duration::from_secs(7));
+        assert!(!wants.can_share());
+    }
+
+    #[test]
+    fn words_for_the_kernel_are_added_up() {
+        let wants = Wants::parse("# lab: append=arm64.nomte append=mitigations=off\n").unwrap();
+
+        assert_eq!(wants.host.kernel_args, ["arm64.nomte", "mitigations=off"]);
         assert!(!wants.can_share());
     }
 

@@ -3,7 +3,7 @@
 /// Why a vCPU stopped running the guest.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Exit<'a> {
-    /// The guest reads memory that no memslot covers. The monitor fills `data`, 1 to 8 bytes.
+    /// The guest reads memory that no memslot covers. The VMM fills `data`, 1 to 8 bytes.
     MmioRead {
         /// Guest-physical address.
         ipa: u64,

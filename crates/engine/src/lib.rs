@@ -6,7 +6,7 @@
 //! 7.28), and [`VmBuilder::build`] ends that phase: a [`Vm`] has no way to turn MTE on, so the
 //! wrong order does not compile. The VM then takes memory as [`Memslot`]s, makes [`Vcpu`]s, an
 //! interrupt controller, and copies tags in bulk. A vCPU runs on the thread that calls
-//! [`Vcpu::run`] until it needs the monitor's help: an [`Exit`].
+//! [`Vcpu::run`] until it needs the VMM's help: an [`Exit`].
 //!
 //! ```compile_fail
 //! # fn f(hypervisor: &impl engine::Hypervisor) -> engine::Result<()> {
@@ -173,7 +173,7 @@ pub trait Vcpu: Send {
     /// Makes a running vCPU return.
     type Interrupter: Interrupter;
 
-    /// Runs the guest until it needs the monitor.
+    /// Runs the guest until it needs the VMM.
     ///
     /// What an [`Exit`] asks for is finished by the next call: the value of an MMIO read reaches
     /// the guest's register then. A vCPU is therefore only whole, fit to be saved, after

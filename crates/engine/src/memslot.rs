@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 /// A range of guest-physical memory and the host memory behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memslot {
-    /// The slot's number, chosen by the monitor.
+    /// The slot's number, chosen by the VMM.
     pub slot: u32,
     /// Guest-physical address, a multiple of the host's page size.
     pub ipa: u64,

@@ -69,6 +69,8 @@ impl RegisterId {
     pub const MPIDR_EL1: Self = Self::system(3, 0, 0, 0, 5);
     /// `ID_AA64PFR1_EL1`, in which a guest finds its MTE level.
     pub const ID_AA64PFR1_EL1: Self = Self::system(3, 0, 0, 4, 1);
+    /// `ID_AA64MMFR0_EL1`, which names the page sizes that the CPU has.
+    pub const ID_AA64MMFR0_EL1: Self = Self::system(3, 0, 0, 7, 0);
     /// `ID_AA64PFR2_EL1`.
     pub const ID_AA64PFR2_EL1: Self = Self::system(3, 0, 0, 4, 2);
 

@@ -72,6 +72,11 @@ pub enum Error {
     /// The guest's kernel or payload.
     #[error(transparent)]
     Load(#[from] boot::Error),
+    /// The CPU lacks the pages that the kernel was built for.
+    #[error(
+        "the kernel is built for pages of {0}, which this host's CPU does not have; take one built for pages of 4 KiB"
+    )]
+    KernelPageSize(boot::PageSize),
     /// The device tree.
     #[error("device tree: {0}; is there a zero byte in --cmdline?")]
     DeviceTree(vm_fdt::Error),

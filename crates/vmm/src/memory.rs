@@ -7,12 +7,13 @@
 //! shared memory to a guest with MTE (seed 001): there it is private anonymous memory, and tags are
 //! reached by the engine's bulk copy. [`tags`] has the two ways behind one trait.
 
+pub mod file;
 pub mod tags;
 
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -25,14 +26,14 @@ use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 use crate::layout::{PAGE_SIZE, RAM_START};
 
 /// Guest memory as the devices see it: the data mapping, never tag-checked, with the bitmap of
-/// pages that the monitor itself wrote (the host's dirty log knows only what the guest wrote).
+/// pages that the VMM itself wrote (the host's dirty log knows only what the guest wrote).
 pub type GuestRam = vm_memory::GuestMemoryMmap<AtomicBitmap>;
 
 const HUGE_PAGE_SIZE: u64 = 2 << 20;
 /// `PROT_MTE`: the mapping has tags (Linux `arch/arm64/include/uapi/asm/mman.h`).
 const PROT_MTE: libc::c_int = 0x20;
 
-/// How the monitor reaches the tags of guest memory.
+/// How the VMM reaches the tags of guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TagAccess {
@@ -189,7 +190,7 @@ impl GuestMemory {
         };
         let file = plan
             .memory_file
-            .then(|| memory_file(size, plan.huge_pages))
+            .then(|| file::of_size(size, plan.huge_pages))
             .transpose()
             .map_err(|e| host("making a memory file", e))?;
         // The data mapping comes first: it is the one that reserves huge pages.
@@ -203,6 +204,9 @@ impl GuestMemory {
             }
             _ => None,
         };
+        if !plan.huge_pages {
+            advise_huge_pages(&region);
+        }
         let host_address = NonNull::new(region.as_ptr())
             .ok_or_else(|| host("mapping it", io::ErrorKind::OutOfMemory.into()))?;
         let region = GuestRegionMmap::new(region, GuestAddress(RAM_START))
@@ -278,20 +282,14 @@ fn map_data(
     })
 }
 
-fn memory_file(size: u64, huge_pages: bool) -> io::Result<File> {
-    let mut flags = libc::MFD_CLOEXEC;
-    if huge_pages {
-        flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+/// For hosts that give transparent huge pages to those who ask.
+fn advise_huge_pages(region: &vm_memory::MmapRegion<AtomicBitmap>) {
+    // SAFETY: the range is the mapping's; the advice changes no contents.
+    let result =
+        unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
+    if result != 0 {
+        tracing::debug!("MADV_HUGEPAGE: {}", io::Error::last_os_error());
     }
-    // SAFETY: the name is a C string; the call has no other demands.
-    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor was just made and nobody else has it.
-    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
-    file.set_len(size)?;
-    Ok(file)
 }
 
 /// The page size of this host's kernel.
@@ -490,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn fresh_memory_reads_as_zero_and_what_the_monitor_writes_is_marked_dirty() {
+    fn fresh_memory_reads_as_zero_and_what_the_vmm_writes_is_marked_dirty() {
         use vm_memory::bitmap::Bitmap;
         use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
         let plan = MemoryPlan {

@@ -10,6 +10,7 @@ use engine::kvm::KvmHypervisor;
 use engine::{Capabilities, Hypervisor, Vm, VmBuilder};
 use mte::{MteLevel, Tag, TagPage};
 use vmm::layout::{self, PAGE_SIZE, RAM_START};
+use vmm::memory::file;
 use vmm::memory::tags::{AliasTags, CopiedTags, TagStore};
 use vmm::memory::{GuestMemory, MemoryPlan, TagAccess, TagMethod};
 
@@ -41,6 +42,7 @@ pub fn examine(kvm: &Path) -> Report {
             gic(host),
             mte_for_guests(host),
             tags,
+            transparent_huge_pages(),
             huge_pages(host),
             huge_pages_reserved(),
             minor_faults(),
@@ -174,6 +176,25 @@ fn pattern(page: u8) -> TagPage {
         );
     }
     tags
+}
+
+fn transparent_huge_pages() -> Finding {
+    let result = file::of_transparent_huge_pages();
+    Finding {
+        id: "transparent-huge-pages",
+        title: "Transparent huge pages",
+        available: result.is_ok(),
+        value: match &result {
+            Ok(_) => "a tmpfs of them can be made".into(),
+            Err(e) => e.to_string(),
+        },
+        meaning: if result.is_ok() {
+            "Guest memory comes in pages of 2 MiB by itself: guests start and run faster."
+        } else {
+            "Guest memory comes in small pages, which is slower. Give Tagvisor CAP_SYS_ADMIN or set \
+             /sys/kernel/mm/transparent_hugepage/shmem_enabled to advise."
+        },
+    }
 }
 
 fn huge_pages(host: &Capabilities) -> Finding {

@@ -96,6 +96,7 @@ pub(super) fn assemble<H: Hypervisor>(
         })?,
     };
     write_device_tree(&memory, &loaded, &description)?;
+    check_page_size(&vcpus, &loaded)?;
     enter(&vcpus, &loaded)?;
     Ok(Parts {
         vcpus,
@@ -147,12 +148,15 @@ fn check_memory(host: &Capabilities, wanted: MemorySize) -> Result<(), Error> {
 fn load(memory: &GuestMemory, config: &MachineConfig) -> Result<Loaded, Error> {
     let (ram, size) = (memory.ram(), memory.size());
     match (&config.kernel, &config.flat) {
-        (Some(kernel), None) => Ok(boot::load_kernel(
-            ram,
-            size,
-            kernel,
-            config.initrd.as_deref(),
-        )?),
+        (Some(kernel), None) => {
+            boot::check_command_line(&config.cmdline)?;
+            Ok(boot::load_kernel(
+                ram,
+                size,
+                kernel,
+                config.initrd.as_deref(),
+            )?)
+        }
         (None, Some(_)) if config.initrd.is_some() => Err(Error::Boot(
             "--initrd goes with --kernel, not with --flat: a payload has no boot protocol that would name it",
         )),
@@ -355,6 +359,19 @@ fn write_device_tree(
             step: "writing the device tree",
             source: io::Error::other(e),
         })
+}
+
+/// A kernel built for pages that the CPU does not have stops before it can say a word.
+fn check_page_size(vcpus: &[impl Vcpu], loaded: &Loaded) -> Result<(), Error> {
+    let (Some(boot_cpu), Some(page_size)) = (vcpus.first(), loaded.page_size) else {
+        return Ok(());
+    };
+    let offered = boot_cpu.register_u64(RegisterId::ID_AA64MMFR0_EL1)?;
+    if page_size.is_offered(offered) {
+        Ok(())
+    } else {
+        Err(Error::KernelPageSize(page_size))
+    }
 }
 
 /// Puts the boot CPU at its first instruction, as Linux' boot protocol asks: EL1 with its own
