@@ -33,6 +33,12 @@ linux_succeeds() {
     console_has "$1" 'guest: exit 0'
 }
 
+# initrd_with KERNEL FOLDER: the initrd of KERNEL with the files of FOLDER besides, as FOLDER.initrd. The kernel unpacks
+# one archive after the other.
+initrd_with() {
+    (cd "$2" && find . | busybox cpio -o -H newc 2> /dev/null) | cat "$LAB/kernels/$1/initrd.cpio" - > "$2.initrd"
+}
+
 # payload NAME PAYLOAD [OPTION…]: runs a bare-metal payload, which must say that all is well.
 payload() {
     local name=$1 binary=$LAB/bin/$2.bin
@@ -63,11 +69,16 @@ refused() {
     echo "refused: $(head -n 1 refused.err)"
 }
 
-# wait_for_console NAME TEXT: waits until the console has TEXT.
+# wait_for_console NAME TEXT PID: waits until the console has TEXT, while the process PID lives.
 wait_for_console() {
+    wait_for_console_times "$1" "$2" 1 "$3"
+}
+
+# wait_for_console_times NAME TEXT TIMES PID: waits until so many lines of the console have TEXT.
+wait_for_console_times() {
     local deadline=$((SECONDS + LIMIT))
-    until grep -qF -- "$2" "$OUT/$1.console" 2> /dev/null; do
-        [ $SECONDS -lt $deadline ] || fail "$1: the console still lacks '$2'"
+    until [ "$(grep -cF -- "$2" "$OUT/$1.console" 2> /dev/null)" -ge "$3" ] 2> /dev/null; do
+        [ $SECONDS -lt $deadline ] && kill -0 "$4" 2> /dev/null || fail "$1: the console still lacks '$2'"
         sleep 0.2
     done
 }

@@ -10,8 +10,9 @@ mount -t devtmpfs devtmpfs /dev
 read -r uptime _ < /proc/uptime
 echo "guest: userspace $uptime"
 modprobe virtio_mmio
+# The driver may be built in: modprobe's complaint is then of no use.
 for device in /sys/bus/virtio/devices/*/modalias; do
-    [ -e "$device" ] && read -r alias < "$device" && modprobe "$alias"
+    [ -e "$device" ] && read -r alias < "$device" && modprobe -q "$alias"
 done
 mount -t tmpfs tmpfs /tmp
 ln -s /proc/self/fd /dev/fd

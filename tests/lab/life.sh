@@ -1,0 +1,60 @@
+#!/bin/bash
+# A machine's life: names, resets, signals, typing, exit statuses, and nothing left behind.
+. "$(dirname "$0")/guests.bash"
+
+kernel=(--kernel "$LAB/kernels/trixie/Image" --initrd "$LAB/kernels/trixie/initrd.cpio")
+
+# endless NAME: a machine that runs until it is ended, as process $machine.
+endless() {
+    tagvisor run --name "$1" "${kernel[@]}" --console "file=$OUT/$1.console" \
+        --cmdline 'console=ttyS0 quiet -- echo ready; sleep 100000' < /dev/null 2> "$1.err" &
+    machine=$!
+    wait_for_console "$1" ready $machine
+}
+
+# ended STATUS: $machine ends with it.
+ended() {
+    local status=0
+    wait $machine || status=$?
+    [ $status = "$1" ] || fail "status $status instead of $1"
+}
+
+endless web
+refused 1 'name `web` is in use' tagvisor run --name web --flat "$LAB/bin/boot.bin"
+cat /proc/$machine/task/*/comm > threads
+grep -qx tv-vcpu0 threads || fail "no thread is called tv-vcpu0: $(cat threads)"
+kill -TERM $machine
+ended 3
+[ ! -e /run/tagvisor/web ] || fail 'the runtime directory is left behind'
+
+# Killed outright, it leaves its directory; the name is free for the next all the same.
+endless web
+kill -KILL $machine
+ended 137
+payload web boot
+
+# A guest that resets its machine starts over.
+tagvisor run "${kernel[@]}" --console "file=$OUT/again.console" \
+    --cmdline 'console=ttyS0 quiet -- echo started; reboot -f; sleep 100' < /dev/null 2> again.err &
+machine=$!
+wait_for_console_times again started 2 $machine
+kill -HUP $machine
+ended 3
+linux once trixie -- 'reboot -f; sleep 100' || fail "status $? after a reset with --no-reboot"
+
+# Typed input reaches a guest that waits for it, more of it than the serial port's buffer holds.
+mkfifo keys
+tagvisor run "${kernel[@]}" --no-reboot --cmdline 'console=ttyS0 quiet' < keys > "$OUT/typed.console" 2>&1 &
+machine=$!
+exec 3> keys
+wait_for_console typed '~ #' $machine
+long=$(printf '%0400d' 0)
+printf 'echo heard-$((6 * 7))-%s-whole\n' "$long" >&3
+wait_for_console typed "heard-42-$long-whole" $machine
+echo exit >&3
+ended 0
+exec 3>&-
+console_has typed 'guest: exit 0'
+
+payload crowd boot --cpus 8
+console_has crowd '8 vCPUs'
