@@ -31,8 +31,12 @@ echo "guest: entropy $(head -c 64 /dev/hwrng | wc -c)"
 test "$(cat /sys/class/net/eth0/address)" = 02:00:00:00:00:07
 ip address add 192.0.2.2/24 dev eth0
 ip link set eth0 up
-ping -c 3 192.0.2.1
-ping -c 2 -s 20000 192.0.2.1
+# In fragments too. A queue that is late may drop one of them (the guest's fq_codel does), so there are some tries.
+for size in 56 20000; do
+    for try in 1 2 3 4 5; do
+        ping -c 1 -W 5 -s $size 192.0.2.1 && echo "guest: a ping of $size bytes came back" && break
+    done
+done
 wget -q -O - http://192.0.2.1:8000/read-only.img | sha256sum | sed 's/^/guest: network /'
 nc -l -p 9000 > /tmp/received < /dev/null &
 echo guest: listens
@@ -76,8 +80,8 @@ console_has devices "guest: read-only $sum"
 console_has devices "guest: network $sum"
 console_has devices "guest: received $sum"
 console_has devices 'guest: entropy 64'
-console_has devices '3 packets received'
-console_has devices '2 packets received'
+console_has devices 'guest: a ping of 56 bytes came back'
+console_has devices 'guest: a ping of 20000 bytes came back'
 console_has devices 'guest: heard farewell'
 [ ! -e talk.sock ] || fail 'the socket is left behind'
 [ "$(stat -c %s data.img)" = $((64 << 20)) ] || fail 'the disk changed its size'
