@@ -56,5 +56,20 @@ ended 0
 exec 3>&-
 console_has typed 'guest: exit 0'
 
+# A fault of the VMM gives the terminal back as it was.
+cat > fault.py << 'END'
+import os, pty, signal, subprocess, sys, termios
+user, terminal = pty.openpty()
+before = termios.tcgetattr(terminal)
+vmm = subprocess.Popen(sys.argv[1:], stdin=terminal, stdout=terminal, stderr=terminal)
+while b"~ #" not in os.read(user, 4096):
+    pass
+assert termios.tcgetattr(terminal) != before, "the terminal is not in raw mode"
+vmm.send_signal(signal.SIGBUS)
+assert vmm.wait() == -signal.SIGBUS, vmm.returncode
+assert termios.tcgetattr(terminal) == before, "the terminal is left in raw mode"
+END
+python3 fault.py tagvisor run "${kernel[@]}" --cmdline 'console=ttyS0 quiet'
+
 payload crowd boot --cpus 8
 console_has crowd '8 vCPUs'

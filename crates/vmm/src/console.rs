@@ -26,7 +26,7 @@ pub enum ConsoleConfig {
     /// Standard input and output.
     #[default]
     Stdio,
-    /// Output to a file, which is emptied first; no input.
+    /// Output to a file, which is emptied when the machine has been built; no input.
     File(PathBuf),
     /// Nowhere.
     Off,
@@ -90,6 +90,8 @@ fn host(step: &'static str) -> impl Fn(io::Error) -> Error {
 pub struct Console {
     output: Output,
     keyboard: Option<Arc<Mutex<Keyboard>>>,
+    /// The file to be emptied at the first port: a machine that cannot be built costs no old log.
+    old_content: Option<File>,
     // Dropped after the output has ended, so that nothing is written to it any more.
     raw: Option<RawMode>,
 }
@@ -108,10 +110,15 @@ impl Console {
     /// # Errors
     /// See [`Error`].
     pub fn open(config: &ConsoleConfig) -> Result<Self, Error> {
+        let mut old_content = None;
         let output = match config {
             ConsoleConfig::Stdio => Output::to(io::stdout()),
             ConsoleConfig::Off => Output::to(io::sink()),
-            ConsoleConfig::File(path) => Output::to(create(path)?),
+            ConsoleConfig::File(path) => {
+                let file = create(path)?;
+                old_content = file.try_clone().ok();
+                Output::to(file)
+            }
         };
         let keyboard = match config {
             ConsoleConfig::Stdio => Some(Arc::new(Mutex::new(Keyboard::open()?))),
@@ -120,6 +127,7 @@ impl Console {
         Ok(Self {
             output: output.map_err(host("starting its thread"))?,
             keyboard,
+            old_content,
             raw: None,
         })
     }
@@ -134,6 +142,12 @@ impl Console {
         interrupt: T,
         command: impl Fn(Command) + Send + 'static,
     ) -> Result<(Arc<SerialPort<T>>, Connection), Error> {
+        if let Some(file) = self.old_content.take()
+            && let Err(e) = file.set_len(0)
+        {
+            // A pipe or a device has nothing to empty.
+            tracing::debug!("console file: {e}");
+        }
         if self.raw.is_none() && self.keyboard.is_some() && io::stdin().is_terminal() {
             self.raw = Some(RawMode::enter().map_err(host("setting up the terminal"))?);
             print_help();
@@ -195,7 +209,7 @@ fn create(path: &Path) -> Result<File, Error> {
         let file = OpenOptions::new()
             .create(true)
             .write(true)
-            .truncate(true)
+            .truncate(false)
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path)?;
         make_blocking(&file)?;
@@ -408,6 +422,19 @@ mod tests {
 
     fn some_text(length: u32) -> Vec<u8> {
         (0..length).map(|i| b'a' + (i % 26) as u8).collect()
+    }
+
+    #[test]
+    fn an_old_log_is_there_until_there_is_a_machine_to_write_a_new_one() {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(log.path(), "old").unwrap();
+
+        let mut console = Console::open(&ConsoleConfig::File(log.path().into())).unwrap();
+        let opened = std::fs::read_to_string(log.path()).unwrap();
+        let _port = console.connect(NoInterrupt, |_| {}).unwrap();
+        let connected = std::fs::read_to_string(log.path()).unwrap();
+
+        assert_eq!((opened.as_str(), connected.as_str()), ("old", ""));
     }
 
     #[test]

@@ -1,16 +1,19 @@
 //! The user's terminal as the guest's console.
 //!
 //! In raw mode every key goes to the guest, Ctrl-C among them. One key is kept back: after
-//! Ctrl-], the next key is for Tagvisor ([`Escape`]).
+//! Ctrl-], the next key is for Tagvisor ([`Escape`]). Whatever ends the program, the terminal is
+//! given back as it was: dropping [`RawMode`] does it, and so do a panic and the signals of a fault.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Mutex, Once, PoisonError};
 
+use vmm_sys_util::signal::register_signal_handler;
+
 /// How the terminal was before [`RawMode`].
 static SAVED: Mutex<Option<libc::termios>> = Mutex::new(None);
 
-/// Standard input, a terminal, in raw mode. Dropping it gives the terminal back as it was, and so does a panic.
+/// Standard input, a terminal, in raw mode.
 pub struct RawMode(());
 
 impl RawMode {
@@ -20,6 +23,7 @@ impl RawMode {
     /// It is no terminal, or refuses.
     pub fn enter() -> io::Result<Self> {
         restore_on_panic();
+        restore_on_fault();
         let saved = attributes(io::stdin().as_fd())?;
         let mut raw = saved;
         // SAFETY: changes fields of the structure and nothing else.
@@ -58,6 +62,34 @@ fn restore_on_panic() {
             report(panic);
         }));
     });
+}
+
+/// A fault of the program ends it by the signal. SIGBUS need not be a defect: it is how a host says that it has no
+/// memory left for the guest's.
+fn restore_on_fault() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        for signal in [libc::SIGBUS, libc::SIGSEGV, libc::SIGILL] {
+            if let Err(e) = register_signal_handler(signal, die_of) {
+                tracing::warn!("signal {signal}: {e}");
+            }
+        }
+    });
+}
+
+extern "C" fn die_of(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // Only what is allowed in a signal handler: the lock is tried and not waited for.
+    if let Ok(mut saved) = SAVED.try_lock()
+        && let Some(saved) = saved.take()
+    {
+        let _ = set_attributes(io::stdin().as_fd(), &saved);
+    }
+    // SAFETY: back to the signal's default action; the instruction that faulted is executed again and then ends the
+    // program, for a fault, or `raise` does, for a signal that was sent.
+    unsafe {
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
+    }
 }
 
 fn attributes(terminal: BorrowedFd<'_>) -> io::Result<libc::termios> {

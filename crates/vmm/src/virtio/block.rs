@@ -110,6 +110,18 @@ impl Block {
     }
 }
 
+impl Drop for Block {
+    /// What the guest wrote and did not flush outlives the host's power as well.
+    fn drop(&mut self) {
+        drop(self.worker.take());
+        if self.image.access() == Access::ReadWrite
+            && let Err(why) = self.image.flush()
+        {
+            tracing::error!("disk \"{}\": its last writes may be lost: {why}", self.name);
+        }
+    }
+}
+
 impl VirtioDevice for Block {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_BLOCK

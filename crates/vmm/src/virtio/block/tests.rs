@@ -609,6 +609,16 @@ fn a_flush_brings_earlier_writes_to_the_medium() {
 }
 
 #[test]
+fn the_end_of_a_disk_brings_its_writes_to_the_medium() {
+    let mut driver = Driver::new(Access::ReadWrite, FLUSH);
+    driver.send(VIRTIO_BLK_T_OUT, 0, &[1; 4096]);
+
+    drop(driver.disk);
+
+    assert_eq!(dirty_pages(driver.image.as_file()), 0);
+}
+
+#[test]
 fn a_read_only_disk_refuses_every_change() {
     let mut driver = Driver::new(Access::ReadOnly, FLUSH);
 
