@@ -12,7 +12,7 @@ use crate::script::{self, Script};
 /// Which benchmarks to run
 #[derive(Args)]
 pub struct Arguments {
-    /// A benchmark; all if there is none
+    /// A benchmark, or what comes before the dash in the names of several; all if there is none
     name: Option<String>,
 }
 
@@ -59,7 +59,11 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 fn chosen(mut scripts: Vec<Script>, name: Option<&str>) -> Result<Vec<Script>> {
     let Some(name) = name else { return Ok(scripts) };
     let names: Vec<String> = scripts.iter().map(|script| script.name.clone()).collect();
-    scripts.retain(|script| script.name == name);
+    let is_meant = |script: &Script| {
+        let rest = script.name.strip_prefix(name);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    };
+    scripts.retain(is_meant);
     if scripts.is_empty() {
         bail!(
             "there is no benchmark '{name}'; there are: {}",

@@ -8,11 +8,13 @@
 //! reached by the engine's bulk copy. [`tags`] has the two ways behind one trait.
 
 pub mod file;
+mod populated;
 pub mod tags;
 
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -24,6 +26,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 use crate::layout::{PAGE_SIZE, RAM_START};
+use populated::Populated;
 
 /// Guest memory as the devices see it: the data mapping, never tag-checked, with the bitmap of
 /// pages that the VMM itself wrote (the host's dirty log knows only what the guest wrote).
@@ -160,6 +163,7 @@ pub struct GuestMemory {
     size: u64,
     host_address: NonNull<u8>,
     tag_mapping: Option<TagMapping>,
+    populated: Populated,
 }
 
 // SAFETY: the addresses are of mappings that live as long as this value; access to them is through
@@ -209,6 +213,11 @@ impl GuestMemory {
         }
         let host_address = NonNull::new(region.as_ptr())
             .ok_or_else(|| host("mapping it", io::ErrorKind::OutOfMemory.into()))?;
+        let populated = match file {
+            Some(file) => Populated::File(file),
+            None => Populated::of_private(host_address.addr().get() as u64, host_page_size())
+                .map_err(|e| host("opening /proc/self/pagemap", e))?,
+        };
         let region = GuestRegionMmap::new(region, GuestAddress(RAM_START))
             .ok_or_else(|| host("placing it", io::ErrorKind::InvalidInput.into()))?;
         let ram = GuestRam::from_regions(vec![region])
@@ -218,6 +227,28 @@ impl GuestMemory {
             size,
             host_address,
             tag_mapping,
+            populated,
+        })
+    }
+
+    /// The populated ranges of guest-physical addresses within `range`, which is whole pages of RAM, the lowest first.
+    /// What is between them are holes: never touched, all zero, without tags. Asking populates none.
+    ///
+    /// # Errors
+    /// Each item can be what the host said instead; it is the last then.
+    pub fn populated(
+        &self,
+        range: Range<u64>,
+    ) -> impl Iterator<Item = io::Result<Range<u64>>> + '_ {
+        let end = range.end.saturating_sub(RAM_START).min(self.size);
+        let mut at = range.start.saturating_sub(RAM_START);
+        std::iter::from_fn(move || {
+            if at >= end {
+                return None;
+            }
+            let found = self.populated.first_in(at..end).transpose()?;
+            at = found.as_ref().map_or(end, |found| found.end);
+            Some(found.map(|found| RAM_START + found.start..RAM_START + found.end))
         })
     }
 
@@ -485,6 +516,74 @@ mod tests {
                 .contains("must be a multiple of 4096 bytes"),
             "{error}"
         );
+    }
+
+    /// The populated ranges in pages from the start of RAM.
+    fn populated_pages(memory: &GuestMemory) -> Vec<Range<u64>> {
+        let page = |ipa| (ipa - RAM_START) / PAGE_SIZE;
+        let ranges = memory.populated(RAM_START..RAM_START + memory.size());
+        ranges
+            .map(|range| range.map(|range| page(range.start)..page(range.end)))
+            .collect::<io::Result<_>>()
+            .unwrap()
+    }
+
+    /// Memory of small pages, where a page written is a page populated: huge ones come by the 512.
+    fn memory_with_pages_written(memory_file: bool, pages: &[u64]) -> GuestMemory {
+        let plan = MemoryPlan {
+            memory_file,
+            huge_pages: false,
+            tags: None,
+        };
+        let memory = GuestMemory::new(8 << 20, plan).unwrap();
+        // SAFETY: the range is the mapping's; the advice changes no contents.
+        let advised = unsafe {
+            libc::madvise(
+                memory.host_address.as_ptr().cast(),
+                memory.size as usize,
+                libc::MADV_NOHUGEPAGE,
+            )
+        };
+        assert_eq!(advised, 0);
+        for page in pages {
+            let address = GuestAddress(RAM_START + page * PAGE_SIZE);
+            memory.ram().write_obj(1u64, address).unwrap();
+        }
+        memory
+    }
+
+    #[test]
+    fn a_memory_file_has_the_pages_that_were_written() {
+        let memory = memory_with_pages_written(true, &[0, 7, 8, 2047]);
+        assert_eq!(populated_pages(&memory), [0..1, 7..9, 2047..2048]);
+    }
+
+    #[test]
+    fn private_memory_has_the_pages_that_were_written() {
+        let memory = memory_with_pages_written(false, &[0, 7, 8, 511, 512, 2047]);
+        assert_eq!(populated_pages(&memory), [0..1, 7..9, 511..513, 2047..2048]);
+    }
+
+    #[test]
+    fn untouched_memory_is_one_hole_and_stays_it_when_asked_about() {
+        for memory_file in [true, false] {
+            let memory = memory_with_pages_written(memory_file, &[]);
+            populated_pages(&memory);
+            assert_eq!(populated_pages(&memory), []);
+        }
+    }
+
+    #[test]
+    fn only_what_was_asked_about_is_said_to_be_populated() {
+        for memory_file in [true, false] {
+            let memory = memory_with_pages_written(memory_file, &[1, 2, 3, 4]);
+            let asked = RAM_START + 2 * PAGE_SIZE..RAM_START + 4 * PAGE_SIZE;
+            let found: Vec<_> = memory
+                .populated(asked.clone())
+                .map(Result::unwrap)
+                .collect();
+            assert_eq!(found, [asked]);
+        }
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! on the tag mapping, with no lock and no system call, and [`CopiedTags`] with the engine's bulk
 //! copy. Both give the same tags.
 
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use engine::{TagCopyError, Vm};
@@ -23,24 +25,75 @@ pub enum Error {
         /// How many pages of 4 KiB.
         pages: usize,
     },
+    /// The host does not say which pages exist.
+    #[error("guest address {ipa:#x}: finding out which pages exist: {source}")]
+    Populated {
+        /// First guest-physical address asked for.
+        ipa: u64,
+        /// What the host said.
+        source: io::Error,
+    },
     /// The engine's copy failed.
     #[error(transparent)]
     Copy(#[from] TagCopyError),
 }
 
 /// The tags of guest memory, a packed page at a time.
+///
+/// Any number of threads may read and write at once, while the guest runs: each granule's tag is then one that it had at
+/// some time of the call.
 pub trait TagStore: Send + Sync {
-    /// Reads the tags of the `tags.len()` pages of 4 KiB from `ipa` on. The guest may be running.
+    /// Reads the tags of the `tags.len()` pages of 4 KiB from `ipa` on, all of which are populated
+    /// ([`GuestMemory::populated`]): reading others would populate them.
     ///
     /// # Errors
     /// See [`Error`].
-    fn read(&self, ipa: u64, tags: &mut [TagPage]) -> Result<(), Error>;
+    fn read_populated(&self, ipa: u64, tags: &mut [TagPage]) -> Result<(), Error>;
+
+    /// The memory whose tags these are.
+    fn memory(&self) -> &GuestMemory;
+
+    /// Reads the tags of the `tags.len()` pages of 4 KiB from `ipa` on, and returns which of them exist, as ranges of
+    /// guest-physical addresses, the lowest first. The others are holes: they stay holes, and get tag 0 here.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    fn read(&self, ipa: u64, tags: &mut [TagPage]) -> Result<Vec<Range<u64>>, Error> {
+        offset_in_ram(self.memory(), ipa, tags.len())?;
+        let end = ipa + tags.len() as u64 * PAGE_SIZE;
+        let mut present = Vec::new();
+        let mut hole = ipa;
+        for range in self.memory().populated(ipa..end) {
+            let range = range.map_err(|source| Error::Populated { ipa, source })?;
+            tags[pages_between(ipa, hole)..pages_between(ipa, range.start)].fill(TagPage::ZERO);
+            let tags = &mut tags[pages_between(ipa, range.start)..pages_between(ipa, range.end)];
+            self.read_populated(range.start, tags)?;
+            hole = range.end;
+            present.push(range);
+        }
+        tags[pages_between(ipa, hole)..].fill(TagPage::ZERO);
+        Ok(present)
+    }
 
     /// Writes the tags of the `tags.len()` pages of 4 KiB from `ipa` on. Data stay as they are.
     ///
     /// # Errors
     /// See [`Error`].
     fn write(&self, ipa: u64, tags: &[TagPage]) -> Result<(), Error>;
+}
+
+/// The tags of `memory`, which is RAM of `vm`, by the tag mapping if it has one and by the engine's bulk copy otherwise.
+pub fn tag_store<V: Vm>(memory: Arc<GuestMemory>, vm: Arc<V>) -> Box<dyn TagStore> {
+    #[cfg(target_arch = "aarch64")]
+    if let Some(alias) = AliasTags::new(memory.clone()) {
+        return Box::new(alias);
+    }
+    Box::new(CopiedTags::new(memory, vm))
+}
+
+/// How many pages there are from `from` to `to`.
+fn pages_between(from: u64, to: u64) -> usize {
+    ((to - from) / PAGE_SIZE) as usize
 }
 
 /// The offset into RAM of `pages` pages at `ipa`.
@@ -91,7 +144,11 @@ impl AliasTags {
 
 #[cfg(target_arch = "aarch64")]
 impl TagStore for AliasTags {
-    fn read(&self, ipa: u64, tags: &mut [TagPage]) -> Result<(), Error> {
+    fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    fn read_populated(&self, ipa: u64, tags: &mut [TagPage]) -> Result<(), Error> {
         let first = self.locate(ipa, tags.len())?;
         // SAFETY: `locate` checked that this many whole pages are within the tag mapping, which
         // lives as long as `self.memory`.
@@ -134,7 +191,11 @@ impl<V: Vm> CopiedTags<V> {
 }
 
 impl<V: Vm> TagStore for CopiedTags<V> {
-    fn read(&self, mut ipa: u64, tags: &mut [TagPage]) -> Result<(), Error> {
+    fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    fn read_populated(&self, mut ipa: u64, tags: &mut [TagPage]) -> Result<(), Error> {
         check_host_pages(&self.memory, ipa, tags.len())?;
         let mut buffer = [0; PAGES_A_CALL * GRANULES];
         for chunk in tags.chunks_mut(PAGES_A_CALL) {
