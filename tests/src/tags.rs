@@ -1,0 +1,164 @@
+//! Tags of a real guest's memory, by both ways that there are on this host.
+
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use engine::kvm::KvmHypervisor;
+use engine::{Hypervisor, Vm, VmBuilder};
+use libtest_mimic::{Failed, Trial};
+use mte::{Tag, TagPage};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vmm::layout::{self, PAGE_SIZE, RAM_START};
+use vmm::memory::tags::{AliasTags, CopiedTags, TagStore};
+use vmm::memory::{GuestMemory, MemoryPlan, TagAccess};
+
+/// Two huge pages and a bit.
+const PAGES: usize = 1100;
+
+pub fn tests() -> Vec<Trial> {
+    let test = |name: &str, run: fn(&Guest)| {
+        Trial::test(name, move || {
+            run(&Guest::new().map_err(|e| Failed::from(e.to_string()))?);
+            Ok(())
+        })
+    };
+    vec![
+        test(
+            "tags_are_the_same_by_every_way",
+            tags_are_the_same_by_every_way,
+        ),
+        test(
+            "reading_tags_leaves_holes_as_they_are",
+            reading_tags_leaves_holes_as_they_are,
+        ),
+        test("data_stay_as_tags_change", data_stay_as_tags_change),
+        test(
+            "threads_write_and_read_tags_at_once",
+            threads_write_and_read_tags_at_once,
+        ),
+    ]
+}
+
+/// The memory of a guest without vCPUs, and all ways to its tags.
+struct Guest {
+    memory: Arc<GuestMemory>,
+    ways: Vec<Box<dyn TagStore>>,
+}
+
+impl Guest {
+    fn new() -> Result<Self, Box<dyn std::error::Error>> {
+        let hypervisor = KvmHypervisor::open("/dev/kvm".as_ref())?;
+        let plan = MemoryPlan::choose(hypervisor.capabilities(), true, TagAccess::Auto, false)?;
+        let size = PAGES as u64 * PAGE_SIZE;
+        let memory = Arc::new(GuestMemory::new(size, plan)?);
+        let mut builder = hypervisor.new_vm(layout::ipa_bits(size))?;
+        builder.enable_mte()?;
+        let vm = Arc::new(builder.build()?);
+        // SAFETY: the mapping is guest memory alone, and lives as long as the way that holds the VM.
+        unsafe { vm.set_memslot(&memory.memslot()) }?;
+        let mut ways: Vec<Box<dyn TagStore>> = vec![Box::new(CopiedTags::new(memory.clone(), vm))];
+        if let Some(alias) = AliasTags::new(memory.clone()) {
+            ways.push(Box::new(alias));
+        }
+        Ok(Self { memory, ways })
+    }
+
+    /// 512-byte blocks that stand behind the guest's memory, if it is a file.
+    fn blocks(&self) -> Option<u64> {
+        let region = self.memory.ram().iter().next()?;
+        let file = region.file_offset()?.file();
+        Some(file.metadata().unwrap().blocks())
+    }
+}
+
+fn ipa(page: usize) -> u64 {
+    RAM_START + page as u64 * PAGE_SIZE
+}
+
+/// A page of tags that no other number gives.
+fn tags_of(number: usize) -> TagPage {
+    let mut tags = TagPage::ZERO;
+    for granule in 0..=u8::MAX {
+        let mixed = (number * 256 + usize::from(granule)).wrapping_mul(0x9e37_79b9) >> 13;
+        tags.set(granule, Tag::from_low_bits(mixed as u8));
+    }
+    tags
+}
+
+fn read(way: &dyn TagStore, first: usize, pages: usize) -> Vec<TagPage> {
+    let mut tags = vec![TagPage::filled(Tag::from_low_bits(9)); pages];
+    way.read(ipa(first), &mut tags).unwrap();
+    tags
+}
+
+fn tags_are_the_same_by_every_way(guest: &Guest) {
+    for (number, writer) in guest.ways.iter().enumerate() {
+        let written: Vec<_> = (0..PAGES).map(|page| tags_of(page + number)).collect();
+        writer.write(ipa(0), &written).unwrap();
+        for reader in &guest.ways {
+            assert!(read(&**reader, 0, PAGES) == written);
+        }
+    }
+}
+
+fn reading_tags_leaves_holes_as_they_are(guest: &Guest) {
+    guest.ways[0].write(ipa(700), &[tags_of(1)]).unwrap();
+    let (blocks, populated) = (guest.blocks(), populated_pages(guest));
+
+    for way in &guest.ways {
+        let mut tags = vec![TagPage::filled(Tag::from_low_bits(9)); PAGES];
+        let present = way.read(ipa(0), &mut tags).unwrap();
+
+        assert!(
+            present
+                .iter()
+                .any(|range| range.contains(&ipa(700)) && !range.contains(&ipa(0)))
+        );
+        assert!(tags[700] == tags_of(1));
+        assert!(tags[..512].iter().all(|page| *page == TagPage::ZERO));
+    }
+
+    assert_eq!(guest.blocks(), blocks);
+    assert_eq!(populated_pages(guest), populated);
+}
+
+fn populated_pages(guest: &Guest) -> u64 {
+    let all = guest.memory.populated(ipa(0)..ipa(PAGES));
+    all.map(|range| range.unwrap())
+        .map(|range| (range.end - range.start) / PAGE_SIZE)
+        .sum()
+}
+
+fn data_stay_as_tags_change(guest: &Guest) {
+    let data: Vec<u8> = (0..PAGE_SIZE).map(|byte| byte as u8).collect();
+    let address = GuestAddress(ipa(3));
+    guest.memory.ram().write_slice(&data, address).unwrap();
+
+    for way in &guest.ways {
+        way.write(ipa(3), &[tags_of(3)]).unwrap();
+        let mut after = vec![0; data.len()];
+        guest.memory.ram().read_slice(&mut after, address).unwrap();
+        assert!(after == data);
+    }
+}
+
+fn threads_write_and_read_tags_at_once(guest: &Guest) {
+    const THREADS: usize = 4;
+    const SHARE: usize = PAGES / THREADS;
+    for way in &guest.ways {
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                scope.spawn(move || {
+                    for round in 0..10 {
+                        let first = thread * SHARE;
+                        let written: Vec<_> = (0..SHARE)
+                            .map(|page| tags_of(first + page + round))
+                            .collect();
+                        way.write(ipa(first), &written).unwrap();
+                        assert!(read(&**way, first, SHARE) == written);
+                    }
+                });
+            }
+        });
+    }
+}
