@@ -39,6 +39,7 @@ mod interrupt;
 #[cfg(all(target_os = "linux", target_arch = "aarch64"))]
 pub mod kvm;
 mod memslot;
+pub mod model;
 mod register;
 mod tags;
 

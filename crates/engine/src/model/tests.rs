@@ -1,0 +1,228 @@
+//! What the conformance suite does not reach: real memory, guests' programs, the limits of the host.
+
+use std::ptr::NonNull;
+
+use super::*;
+use crate::{
+    Exit, Interrupter, Memslot, RegisterId, TagCopyError, Vcpu, VcpuFeatures, Vm, VmBuilder,
+};
+use mte::Tag;
+
+const IPA: u64 = 0x8000_0000;
+const PAGE: usize = PAGE_SIZE as usize;
+const TAG: Tag = Tag::from_low_bits(7);
+
+fn slot(host_address: NonNull<u8>, pages: usize) -> Memslot {
+    Memslot {
+        slot: 0,
+        ipa: IPA,
+        size: (pages * PAGE) as u64,
+        host_address,
+        log_dirty: false,
+        read_only: false,
+    }
+}
+
+fn vm_with_mte(hypervisor: &ModelHypervisor) -> ModelVm {
+    let mut builder = hypervisor.new_vm(40).unwrap();
+    builder.enable_mte().unwrap();
+    builder.build().unwrap()
+}
+
+/// A page-aligned piece of this process's memory.
+#[repr(C, align(4096))]
+struct RealMemory([u8; 2 * PAGE]);
+
+impl RealMemory {
+    fn leak() -> NonNull<u8> {
+        NonNull::from(Box::leak(Box::new(Self([0; 2 * PAGE])))).cast()
+    }
+}
+
+#[test]
+fn real_memory_is_accessed_in_place_and_has_tags() {
+    let hypervisor = ModelHypervisor::new(HostRules::linux_6_12());
+    let vm = vm_with_mte(&hypervisor);
+    let memory = RealMemory::leak();
+    // SAFETY: the memory is never freed, and accessed by address alone.
+    unsafe { vm.set_memslot(&slot(memory, 2)) }.unwrap();
+    let vcpu = vm.create_vcpu(0, VcpuFeatures::default()).unwrap();
+
+    vcpu.store(IPA + PAGE_SIZE - 2, b"real").unwrap();
+    vcpu.stg(IPA + PAGE_SIZE, TAG).unwrap();
+
+    // SAFETY: four bytes across the middle of the memory, which no one else accesses now.
+    let bytes: [u8; 4] = unsafe { memory.add(PAGE - 2).cast().read() };
+    assert_eq!(&bytes, b"real");
+    assert_eq!(vcpu.ldg(IPA + PAGE_SIZE).unwrap(), TAG);
+    assert_eq!(vcpu.ldg(IPA).unwrap(), Tag::ZERO);
+}
+
+#[test]
+fn adopted_memory_keeps_its_tags_from_one_vm_to_the_next() {
+    let hypervisor = ModelHypervisor::new(HostRules::linux_6_12());
+    let memory = RealMemory::leak();
+    // SAFETY: the memory is never freed, and accessed by address alone.
+    let adopted = unsafe { hypervisor.host().adopt(memory, 2) }.unwrap();
+    let first = vm_with_mte(&hypervisor);
+    // SAFETY: as above.
+    unsafe { first.set_memslot(&slot(memory, 2)) }.unwrap();
+    first.copy_tags_to_guest(IPA, &[7; 256]).unwrap();
+    drop(first);
+
+    let second = vm_with_mte(&hypervisor);
+    // SAFETY: as above.
+    unsafe { second.set_memslot(&slot(memory, 2)) }.unwrap();
+
+    let vcpu = second.create_vcpu(0, VcpuFeatures::default()).unwrap();
+    assert_eq!(vcpu.ldg(IPA).unwrap(), TAG);
+    drop(adopted);
+}
+
+#[test]
+fn memory_adopted_in_part_is_refused() {
+    let hypervisor = ModelHypervisor::new(HostRules::linux_6_12());
+    let memory = RealMemory::leak();
+    // SAFETY: the memory is never freed, and accessed by address alone.
+    let _adopted = unsafe { hypervisor.host().adopt(memory, 1) }.unwrap();
+    let vm = vm_with_mte(&hypervisor);
+
+    // SAFETY: as above.
+    let refused = unsafe { vm.set_memslot(&slot(memory, 2)) };
+
+    assert!(matches!(refused, Err(Error::Memslot { .. })));
+}
+
+/// A program that asks a device for the address of its counter and counts there, with its tag.
+struct Counter;
+
+impl Guest for Counter {
+    fn step(&self, vcpu: &mut ModelVcpu) -> Result<Step> {
+        let counter = vcpu.register_u64(RegisterId::x(0))?;
+        if counter == 0 {
+            return Ok(Step::MmioRead {
+                ipa: 0x1000,
+                size: 8,
+                into: RegisterId::x(0),
+            });
+        }
+        let mut value = [0; 8];
+        vcpu.load(counter, &mut value)
+            .expect("the counter is memory");
+        let value = u64::from_le_bytes(value) + 1;
+        vcpu.store(counter, &value.to_le_bytes())
+            .expect("the counter is memory");
+        vcpu.stg(counter, TAG).expect("the counter is memory");
+        Ok(match value {
+            3 => Step::Wait,
+            _ => Step::Continue,
+        })
+    }
+}
+
+#[test]
+fn a_guests_program_runs_between_exits_and_stops_when_interrupted() {
+    let hypervisor = ModelHypervisor::new(HostRules::linux_6_12()).with_guest(Counter);
+    let memory = hypervisor
+        .host()
+        .map(Backing::Anonymous, 2, Protection::Plain)
+        .unwrap();
+    let vm = vm_with_mte(&hypervisor);
+    // SAFETY: the memory is the model's, which checks every access.
+    unsafe { vm.set_memslot(&slot(memory, 2)) }.unwrap();
+    let mut vcpu = vm.create_vcpu(0, VcpuFeatures::default()).unwrap();
+    let interrupter = vcpu.interrupter();
+
+    let Exit::MmioRead { ipa: 0x1000, data } = vcpu.run().unwrap() else {
+        panic!("the program asks for its address")
+    };
+    data.copy_from_slice(&IPA.to_le_bytes());
+    let waker = std::thread::spawn(move || interrupter.interrupt());
+    assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
+    waker.join().unwrap();
+
+    assert_eq!(vcpu.register_u64(RegisterId::x(0)).unwrap(), IPA);
+}
+
+#[test]
+fn a_page_whose_tags_the_host_cannot_keep_is_not_swapped_out() {
+    let rules = HostRules {
+        swapped_tag_pages: 0,
+        ..HostRules::linux_6_12()
+    };
+    let hypervisor = ModelHypervisor::new(rules);
+    let memory = hypervisor
+        .host()
+        .map(Backing::Anonymous, 1, Protection::Plain)
+        .unwrap();
+    let vm = vm_with_mte(&hypervisor);
+    // SAFETY: the memory is the model's, which checks every access.
+    unsafe { vm.set_memslot(&slot(memory, 1)) }.unwrap();
+    let vcpu = vm.create_vcpu(0, VcpuFeatures::default()).unwrap();
+    vcpu.stg(IPA, TAG).unwrap();
+
+    let outcome = hypervisor.host().swap_out(memory);
+
+    assert_eq!(outcome.unwrap_err().kind(), std::io::ErrorKind::OutOfMemory);
+    assert!(hypervisor.host().frame_number(memory).unwrap().is_some());
+    assert_eq!(vcpu.ldg(IPA).unwrap(), TAG);
+}
+
+#[test]
+fn a_host_without_memory_fails_the_guests_access_and_the_tag_copy() {
+    let rules = HostRules {
+        memory_pages: 1,
+        ..HostRules::linux_6_12()
+    };
+    let hypervisor = ModelHypervisor::new(rules);
+    let memory = hypervisor
+        .host()
+        .map(Backing::Anonymous, 2, Protection::Plain)
+        .unwrap();
+    let vm = vm_with_mte(&hypervisor);
+    // SAFETY: the memory is the model's, which checks every access.
+    unsafe { vm.set_memslot(&slot(memory, 2)) }.unwrap();
+    let vcpu = vm.create_vcpu(0, VcpuFeatures::default()).unwrap();
+    vcpu.store(IPA, &[1]).unwrap();
+
+    let access = vcpu.store(IPA + PAGE_SIZE, &[1]);
+    let copy = vm.copy_tags_to_guest(IPA + PAGE_SIZE, &[1; 256]);
+
+    assert!(matches!(
+        access,
+        Err(AccessError::Run(Error::GuestMemoryFault { index: 0, .. }))
+    ));
+    assert!(matches!(copy, Err(TagCopyError::NoMemory { .. })));
+}
+
+#[test]
+fn unmapping_the_middle_leaves_both_ends() {
+    let host = ModelHost::new(HostRules::linux_6_12());
+    let memory = host.map(Backing::Anonymous, 3, Protection::Tagged).unwrap();
+    let page = |index: usize| memory.map_addr(|address| address.saturating_add(index * PAGE));
+    host.stg(page(0), TAG).unwrap();
+    host.stg(page(2), TAG).unwrap();
+
+    host.unmap(page(1), 1).unwrap();
+
+    assert_eq!(host.ldg(page(0)).unwrap(), TAG);
+    assert!(host.ldg(page(1)).is_err());
+    assert_eq!(host.ldg(page(2)).unwrap(), TAG);
+}
+
+#[test]
+fn mappings_beyond_a_file_or_outside_of_the_models_addresses_are_refused() {
+    let host = ModelHost::new(HostRules::linux_6_12());
+    let file = MemoryFile::new(FileKind::Memory, 2);
+
+    let beyond = host.map(Backing::Shared(file, 1), 2, Protection::Plain);
+    let outside = host.map_at(
+        NonNull::dangling(),
+        Backing::Anonymous,
+        1,
+        Protection::Plain,
+    );
+
+    assert!(beyond.is_err());
+    assert!(outside.is_err());
+}
