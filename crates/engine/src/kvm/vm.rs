@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kvm_bindings::{
@@ -84,6 +85,13 @@ impl KvmVm {
             Some(libc::EBUSY) => TagCopyError::DirtyLogging { ipa },
             _ => TagCopyError::Host { ipa, source },
         })
+    }
+}
+
+/// For calls of KVM that this crate does not make.
+impl AsRawFd for KvmVm {
+    fn as_raw_fd(&self) -> RawFd {
+        self.vm.as_raw_fd()
     }
 }
 

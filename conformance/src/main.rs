@@ -1,0 +1,110 @@
+//! `conformance`: runs the checks on this machine's hypervisor, or on the model, and prints a line
+//! for each.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Parser, ValueEnum};
+use conformance::model::ModelTestbed;
+use conformance::{Check, Stop, Testbed, checks};
+use engine::model::HostRules;
+
+/// What a hypervisor owes a guest with MTE and its VMM, checked
+#[derive(Parser)]
+struct Arguments {
+    /// What to check
+    #[arg(long, value_enum, default_value = "kvm")]
+    engine: Engine,
+    /// Only checks whose name or row contains this
+    #[arg(long)]
+    filter: Option<String>,
+    /// Names the checks and runs none
+    #[arg(long)]
+    list: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Engine {
+    /// KVM of this host
+    Kvm,
+    /// The reference model as Linux 6.1
+    ModelLinux61,
+    /// The reference model as Linux 6.12
+    ModelLinux612,
+    /// The reference model as Linux 6.13
+    ModelLinux613,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match arguments.engine {
+        Engine::Kvm => check_kvm(&arguments),
+        Engine::ModelLinux61 => check_model(&arguments, HostRules::linux_6_1()),
+        Engine::ModelLinux612 => check_model(&arguments, HostRules::linux_6_12()),
+        Engine::ModelLinux613 => check_model(&arguments, HostRules::linux_6_13()),
+    }
+}
+
+fn check_model(arguments: &Arguments, rules: HostRules) -> ExitCode {
+    check(arguments, &ModelTestbed::new(rules))
+}
+
+#[cfg(all(target_os = "linux", target_arch = "aarch64"))]
+fn check_kvm(arguments: &Arguments) -> ExitCode {
+    match conformance::kvm::KvmTestbed::open() {
+        Ok(testbed) => check(arguments, &testbed),
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "aarch64")))]
+fn check_kvm(_: &Arguments) -> ExitCode {
+    eprintln!("error: KVM on arm64 is not on this machine; there is --engine model-linux612");
+    ExitCode::from(2)
+}
+
+fn check<T: Testbed>(arguments: &Arguments, testbed: &T) -> ExitCode {
+    let mut checks = checks::<T>();
+    if let Some(filter) = &arguments.filter {
+        checks
+            .retain(|check| check.name.contains(filter) || check.row.to_string().contains(filter));
+    }
+    if arguments.list {
+        for check in &checks {
+            println!("{:>13} {}", check.row, check.name);
+        }
+        return ExitCode::SUCCESS;
+    }
+    // The line of a check says all that its panic would.
+    std::panic::set_hook(Box::new(|_| ()));
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    for check in &checks {
+        match run(check, testbed) {
+            Ok(()) => passed += 1,
+            Err(Stop::Skip(_)) => skipped += 1,
+            Err(Stop::Fail(_)) => failed += 1,
+        }
+    }
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    // None at all would be a filter that no check has, and no success.
+    ExitCode::from(u8::from(failed > 0 || passed + skipped == 0))
+}
+
+fn run<T: Testbed>(check: &Check<T>, testbed: &T) -> conformance::Verdict {
+    let started = Instant::now();
+    let verdict = check.run(testbed);
+    let seconds = started.elapsed().as_secs_f64();
+    let (word, reason) = match &verdict {
+        Ok(()) => ("pass", String::new()),
+        Err(Stop::Skip(reason)) => ("skipped", format!(": {reason}")),
+        Err(Stop::Fail(reason)) => ("FAIL", format!(": {}", reason.replace('\n', " "))),
+    };
+    println!(
+        "{word:<7} {seconds:6.2} s {:>13} {}{reason}",
+        check.row, check.name
+    );
+    verdict
+}
