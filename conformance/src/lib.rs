@@ -15,6 +15,4 @@ mod suite;
 mod testbed;
 
 pub use suite::{Check, Row, Stop, Verdict, checks, require};
-pub use testbed::{
-    Backing, Behaviour, GRANULES, GuestCpu, GuestFault, Mapping, PAGE, Testbed, VcpuOf, VmOf,
-};
+pub use testbed::{Backing, GRANULES, GuestCpu, GuestFault, Mapping, PAGE, Testbed, VcpuOf, VmOf};

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use conformance::model::ModelTestbed;
 use conformance::{Check, Stop, Testbed, checks};
 use engine::model::HostRules;
@@ -12,9 +12,9 @@ use engine::model::HostRules;
 /// What a hypervisor owes a guest with MTE and its VMM, checked
 #[derive(Parser)]
 struct Arguments {
-    /// What to check
-    #[arg(long, value_enum, default_value = "kvm")]
-    engine: Engine,
+    /// Checks the reference model as this version of Linux, such as 6.12, instead of this host's KVM
+    #[arg(long, value_name = "VERSION", value_parser = version)]
+    model: Option<(u32, u32)>,
     /// Only checks whose name or row contains this
     #[arg(long)]
     filter: Option<String>,
@@ -23,30 +23,23 @@ struct Arguments {
     list: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Engine {
-    /// KVM of this host
-    Kvm,
-    /// The reference model as Linux 6.1
-    ModelLinux61,
-    /// The reference model as Linux 6.12
-    ModelLinux612,
-    /// The reference model as Linux 6.13
-    ModelLinux613,
+fn version(text: &str) -> Result<(u32, u32), String> {
+    let parse = || {
+        let (major, minor) = text.split_once('.')?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    };
+    parse().ok_or_else(|| "a version is two numbers with a dot between them".to_owned())
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match arguments.engine {
-        Engine::Kvm => check_kvm(&arguments),
-        Engine::ModelLinux61 => check_model(&arguments, HostRules::linux_6_1()),
-        Engine::ModelLinux612 => check_model(&arguments, HostRules::linux_6_12()),
-        Engine::ModelLinux613 => check_model(&arguments, HostRules::linux_6_13()),
+    match arguments.model {
+        None => check_kvm(&arguments),
+        Some((major, minor)) => {
+            let rules = HostRules::linux(major, minor);
+            check(&arguments, &ModelTestbed::new(rules))
+        }
     }
-}
-
-fn check_model(arguments: &Arguments, rules: HostRules) -> ExitCode {
-    check(arguments, &ModelTestbed::new(rules))
 }
 
 #[cfg(all(target_os = "linux", target_arch = "aarch64"))]
@@ -62,7 +55,7 @@ fn check_kvm(arguments: &Arguments) -> ExitCode {
 
 #[cfg(not(all(target_os = "linux", target_arch = "aarch64")))]
 fn check_kvm(_: &Arguments) -> ExitCode {
-    eprintln!("error: KVM on arm64 is not on this machine; there is --engine model-linux612");
+    eprintln!("error: KVM on arm64 is not on this machine; there is --model 6.12");
     ExitCode::from(2)
 }
 

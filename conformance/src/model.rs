@@ -11,7 +11,7 @@ use engine::model::{
 use engine::{TagCopyResult, VcpuFeatures, Vm};
 use mte::{SystemRegister, Tag, TagPage};
 
-use crate::{Backing, Behaviour, GRANULES, GuestCpu, GuestFault, Mapping, PAGE, Stop, Testbed};
+use crate::{Backing, GRANULES, GuestCpu, GuestFault, Mapping, PAGE, Stop, Testbed};
 
 const _: () = assert!(PAGE == PAGE_SIZE);
 
@@ -104,12 +104,8 @@ impl Testbed for ModelTestbed {
         &self.0
     }
 
-    fn behaviour(&self) -> Behaviour {
-        let rules = self.host().rules();
-        Behaviour {
-            guards_dirty_log: rules.guards_dirty_log,
-            clears_half_written_pages: rules.clears_half_written_pages,
-        }
+    fn rules(&self) -> HostRules {
+        *self.host().rules()
     }
 
     fn memory_file(&self, pages: usize) -> Result<MemoryFile, Stop> {

@@ -201,6 +201,7 @@ pub fn checks<T: Testbed>() -> Vec<Check<T>> {
             a_disks_file_that_came_later_is_found_at_the_fault,
             memory_that_is_gone_is_found_at_the_fault,
             a_vmm_that_mends_the_mapping_can_go_on,
+            tags_work_in_a_private_disks_file_where_the_host_gives_it,
             huge_pages_are_taken_where_the_host_announces_them,
         }
         TagCopy: copy {

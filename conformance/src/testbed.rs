@@ -8,6 +8,7 @@ use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use engine::model::HostRules;
 use engine::{Hypervisor, TagCopyResult, Vm, VmBuilder};
 use mte::{GRANULE_SIZE, SystemRegister, Tag, TagPage};
 
@@ -24,17 +25,6 @@ pub type VmOf<T> = <<<T as Testbed>::Hypervisor as Hypervisor>::VmBuilder as VmB
 
 /// The vCPU of a testbed.
 pub type VcpuOf<T> = <VmOf<T> as Vm>::Vcpu;
-
-/// Where hosts may differ although all of them are right. What can be asked of the engine
-/// ([`engine::MteSupport`]) is not here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Behaviour {
-    /// Tags cannot be written in bulk while a memslot logs dirty pages.
-    pub guards_dirty_log: bool,
-    /// If the buffer of a bulk write faults within a page, the page has lost all of its tags;
-    /// otherwise it has some of the new ones and some of its own.
-    pub clears_half_written_pages: bool,
-}
 
 /// What a mapping shows.
 pub enum Backing<'a, F> {
@@ -75,8 +65,8 @@ pub trait Testbed: Sync + Sized {
     /// The hypervisor.
     fn hypervisor(&self) -> &Self::Hypervisor;
 
-    /// Which of several right things this host does.
-    fn behaviour(&self) -> Behaviour;
+    /// What this host is expected to do where hosts differ: the rules of the model that is like it.
+    fn rules(&self) -> HostRules;
 
     /// A memory file of so many pages, all of them holes.
     ///

@@ -66,7 +66,7 @@ pub fn a_page_is_logged_again_after_the_log_was_taken<T: Testbed>(testbed: &T) -
 
 pub fn tags_cannot_be_copied_in_while_writes_are_logged<T: Testbed>(testbed: &T) -> Verdict {
     let guest = logged_guest(testbed)?;
-    let guarded = testbed.behaviour().guards_dirty_log;
+    let guarded = testbed.rules().guards_dirty_log;
 
     let outcome = guest.vm.copy_tags_to_guest(IPA, &pattern(1).unpack());
 

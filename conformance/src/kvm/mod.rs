@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use engine::kvm::{KvmHypervisor, KvmVm};
+use engine::model::HostRules;
 use engine::{TagCopyError, TagCopyResult};
 use kvm_bindings::{KVM_ARM_TAGS_TO_GUEST, kvm_arm_copy_mte_tags};
 use mte::aarch64::Instructions;
@@ -21,7 +22,7 @@ use mte::{Tag, TagPage};
 pub use agent::AgentCpu;
 pub use memory::{File, HostMapping};
 
-use crate::{Backing, Behaviour, Mapping, Stop, Testbed};
+use crate::{Backing, Mapping, Stop, Testbed};
 
 /// The number of `KVM_ARM_MTE_COPY_TAGS` (<linux/kvm.h>).
 const COPY_TAGS: libc::c_ulong = 0x8030_aeb4;
@@ -30,7 +31,7 @@ const COPY_TAGS: libc::c_ulong = 0x8030_aeb4;
 pub struct KvmTestbed {
     hypervisor: KvmHypervisor,
     instructions: Instructions,
-    behaviour: Behaviour,
+    rules: HostRules,
 }
 
 impl KvmTestbed {
@@ -46,20 +47,12 @@ impl KvmTestbed {
         let instructions = unsafe { Instructions::from_hwcap2(hwcap2) }
             .ok_or_else(|| Stop::Fail("processes have no MTE on this host".to_owned()))?;
         check_own_accesses()?;
-        let release = release()?;
+        let (major, minor) = release()?;
         Ok(Self {
             hypervisor,
             instructions,
-            behaviour: behaviour_of(release),
+            rules: HostRules::linux(major, minor),
         })
-    }
-}
-
-/// Which kernel does what, as `docs/hypervisors.md` has it.
-fn behaviour_of(release: (u32, u32)) -> Behaviour {
-    Behaviour {
-        guards_dirty_log: release >= (6, 12),
-        clears_half_written_pages: release >= (6, 2),
     }
 }
 
@@ -99,8 +92,8 @@ impl Testbed for KvmTestbed {
         &self.hypervisor
     }
 
-    fn behaviour(&self) -> Behaviour {
-        self.behaviour
+    fn rules(&self) -> HostRules {
+        self.rules
     }
 
     fn memory_file(&self, pages: usize) -> Result<File, Stop> {

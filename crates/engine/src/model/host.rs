@@ -150,14 +150,14 @@ impl Area {
         }
     }
 
-    /// Whether a guest with MTE may have it (Linux's `VM_MTE_ALLOWED`, and until 6.1 not `VM_SHARED`).
+    /// Whether a guest with MTE may have it (Linux's `VM_MTE_ALLOWED`; until 6.1 all but `VM_SHARED`).
     fn may_hold_tags(&self, rules: &HostRules) -> bool {
         let kind = self.backing.file().map(|(file, _)| file.kind);
         let shared = matches!(self.backing, Backing::Shared(..));
         let of_this_kind = match kind {
             None | Some(FileKind::Memory) => true,
             Some(FileKind::HugePages) => rules.huge_pages,
-            Some(FileKind::Disk) => false,
+            Some(FileKind::Disk) => rules.private_disk_files,
         };
         of_this_kind && (rules.shared_memory || !shared)
     }

@@ -20,7 +20,7 @@
 //! use engine::{Hypervisor, Memslot, VcpuFeatures, Vm, VmBuilder};
 //! use mte::Tag;
 //!
-//! let hypervisor = ModelHypervisor::new(HostRules::linux_6_12());
+//! let hypervisor = ModelHypervisor::new(HostRules::linux(6, 12));
 //! let memory = hypervisor.host().map(Backing::Anonymous, 16, Protection::Plain)?;
 //! let mut builder = hypervisor.new_vm(40)?;
 //! builder.enable_mte()?;

@@ -41,7 +41,7 @@ impl RealMemory {
 
 #[test]
 fn real_memory_is_accessed_in_place_and_has_tags() {
-    let hypervisor = ModelHypervisor::new(HostRules::linux_6_12());
+    let hypervisor = ModelHypervisor::new(HostRules::linux(6, 12));
     let vm = vm_with_mte(&hypervisor);
     let memory = RealMemory::leak();
     // SAFETY: the memory is never freed, and accessed by address alone.
@@ -60,7 +60,7 @@ fn real_memory_is_accessed_in_place_and_has_tags() {
 
 #[test]
 fn adopted_memory_keeps_its_tags_from_one_vm_to_the_next() {
-    let hypervisor = ModelHypervisor::new(HostRules::linux_6_12());
+    let hypervisor = ModelHypervisor::new(HostRules::linux(6, 12));
     let memory = RealMemory::leak();
     // SAFETY: the memory is never freed, and accessed by address alone.
     let adopted = unsafe { hypervisor.host().adopt(memory, 2) }.unwrap();
@@ -81,7 +81,7 @@ fn adopted_memory_keeps_its_tags_from_one_vm_to_the_next() {
 
 #[test]
 fn memory_adopted_in_part_is_refused() {
-    let hypervisor = ModelHypervisor::new(HostRules::linux_6_12());
+    let hypervisor = ModelHypervisor::new(HostRules::linux(6, 12));
     let memory = RealMemory::leak();
     // SAFETY: the memory is never freed, and accessed by address alone.
     let _adopted = unsafe { hypervisor.host().adopt(memory, 1) }.unwrap();
@@ -122,7 +122,7 @@ impl Guest for Counter {
 
 #[test]
 fn a_guests_program_runs_between_exits_and_stops_when_interrupted() {
-    let hypervisor = ModelHypervisor::new(HostRules::linux_6_12()).with_guest(Counter);
+    let hypervisor = ModelHypervisor::new(HostRules::linux(6, 12)).with_guest(Counter);
     let memory = hypervisor
         .host()
         .map(Backing::Anonymous, 2, Protection::Plain)
@@ -148,7 +148,7 @@ fn a_guests_program_runs_between_exits_and_stops_when_interrupted() {
 fn a_page_whose_tags_the_host_cannot_keep_is_not_swapped_out() {
     let rules = HostRules {
         swapped_tag_pages: 0,
-        ..HostRules::linux_6_12()
+        ..HostRules::linux(6, 12)
     };
     let hypervisor = ModelHypervisor::new(rules);
     let memory = hypervisor
@@ -172,7 +172,7 @@ fn a_page_whose_tags_the_host_cannot_keep_is_not_swapped_out() {
 fn a_host_without_memory_fails_the_guests_access_and_the_tag_copy() {
     let rules = HostRules {
         memory_pages: 1,
-        ..HostRules::linux_6_12()
+        ..HostRules::linux(6, 12)
     };
     let hypervisor = ModelHypervisor::new(rules);
     let memory = hypervisor
@@ -197,7 +197,7 @@ fn a_host_without_memory_fails_the_guests_access_and_the_tag_copy() {
 
 #[test]
 fn unmapping_the_middle_leaves_both_ends() {
-    let host = ModelHost::new(HostRules::linux_6_12());
+    let host = ModelHost::new(HostRules::linux(6, 12));
     let memory = host.map(Backing::Anonymous, 3, Protection::Tagged).unwrap();
     let page = |index: usize| memory.map_addr(|address| address.saturating_add(index * PAGE));
     host.stg(page(0), TAG).unwrap();
@@ -212,7 +212,7 @@ fn unmapping_the_middle_leaves_both_ends() {
 
 #[test]
 fn mappings_beyond_a_file_or_outside_of_the_models_addresses_are_refused() {
-    let host = ModelHost::new(HostRules::linux_6_12());
+    let host = ModelHost::new(HostRules::linux(6, 12));
     let file = MemoryFile::new(FileKind::Memory, 2);
 
     let beyond = host.map(Backing::Shared(file, 1), 2, Protection::Plain);

@@ -174,7 +174,10 @@ impl ModelVm {
             return Err(TagCopyError::NoMte);
         }
         let whole_pages = (ipa | length).is_multiple_of(PAGE_SIZE);
-        if !whole_pages || length > i32::MAX as u64 || ipa.checked_add(length).is_none() {
+        if !whole_pages
+            || length > self.0.host.rules().longest_copy
+            || ipa.checked_add(length).is_none()
+        {
             return Err(TagCopyError::Range { ipa, length });
         }
         let slots = self.0.slots();
