@@ -12,7 +12,7 @@ use crate::{Backing, GRANULES, GuestCpu, PAGE, Stop, Testbed, Verdict, VmOf, req
 
 /// Each round is on fresh memory.
 const ROUNDS: usize = 6;
-const PAGES: usize = 64;
+const PAGES: usize = 512;
 
 /// What the first and the second vCPU store, in granules 0 and 1 of every page.
 const FIRST: Tag = Tag::from_low_bits(3);
