@@ -14,6 +14,7 @@ use std::time::Instant;
 use anyhow::{Context, Error, Result};
 use clap::Args;
 
+use crate::compile::Workspace;
 use crate::lab::{Choice, Host, Lab};
 use crate::machine::{Input, Outcome, console_tail};
 use crate::progress::say;
@@ -25,6 +26,8 @@ use crate::{command, interrupt, ports};
 const SKIPPED: u8 = 77;
 /// Crates whose tests need aarch64 with MTE, but no machine around it.
 const SINGLE_PROGRAM_CRATES: &[&str] = &["mte"];
+/// Crates in which loom checks interleavings: built apart, with its own locks and atomics.
+const LOOM_CRATES: &[&str] = &["engine"];
 
 /// Which tests to run
 #[derive(Args)]
@@ -125,6 +128,17 @@ fn native(filter: Option<&str>) -> Result<Part> {
             .args(["test", "--no-fail-fast", "--doc", "--quiet"])
             .args(filter),
     )?);
+    let workspace = Workspace::open()?;
+    for name in LOOM_CRATES {
+        let mut interleavings = cargo();
+        interleavings
+            .args(["test", "--profile", "lab", "--lib", "--package", name])
+            .arg("--target-dir")
+            .arg(workspace.target_directory.join("loom"))
+            .env("RUSTFLAGS", "--cfg loom")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS");
+        tally.add(cargo_tests(interleavings.args(filter))?);
+    }
     if filter.is_some() {
         // Those that the filter left out are counted as skipped too.
         tally.skipped = 0;
