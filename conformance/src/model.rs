@@ -207,6 +207,14 @@ impl Testbed for ModelTestbed {
         Ok(vm.copy_tags_to_guest_from(ipa, length, &|index| tags.get(index).copied()))
     }
 
+    fn host_makes_aarch32_vcpu(&self, vm: &ModelVm) -> Result<bool, Stop> {
+        let features = VcpuFeatures {
+            aarch32_el1: true,
+            ..VcpuFeatures::default()
+        };
+        Ok(vm.create_vcpu(0, features).is_ok())
+    }
+
     fn cpu(&self, vm: &Arc<ModelVm>, index: u32) -> Result<ModelCpu, Stop> {
         Ok(ModelCpu(vm.create_vcpu(index, VcpuFeatures::default())?))
     }
@@ -252,6 +260,12 @@ impl GuestCpu for ModelCpu {
 
     fn store(&mut self, ipa: u64, value: u64) -> Result<(), GuestFault> {
         Ok(self.0.store(ipa, &value.to_le_bytes())?)
+    }
+
+    fn store_in_aarch32(&mut self, ipa: u64, value: u32, _: u64) -> Result<Option<()>, GuestFault> {
+        // The model has no instructions, so it has none that are another width's.
+        self.0.store(ipa, &value.to_le_bytes())?;
+        Ok(Some(()))
     }
 
     fn ldg(&mut self, ipa: u64) -> Result<Tag, GuestFault> {

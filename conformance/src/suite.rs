@@ -237,7 +237,9 @@ pub fn checks<T: Testbed>() -> Vec<Check<T>> {
         }
         Aarch32: width {
             a_32_bit_el1_is_refused_with_mte,
+            the_host_itself_refuses_a_32_bit_el1_with_mte,
             a_32_bit_el1_is_welcome_without_mte,
+            a_32_bit_program_stores_data_and_leaves_tags_and_registers,
         }
         Swap: swap {
             tags_of_private_memory_outlive_swap,

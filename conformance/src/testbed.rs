@@ -153,6 +153,12 @@ pub trait Testbed: Sync + Sized {
         tags: &[u8],
     ) -> Result<TagCopyResult, Stop>;
 
+    /// Whether the host itself, which the engine does not ask, makes a vCPU of `vm` whose EL1 is in AArch32.
+    ///
+    /// # Errors
+    /// The host refuses for another reason.
+    fn host_makes_aarch32_vcpu(&self, vm: &VmOf<Self>) -> Result<bool, Stop>;
+
     /// A vCPU of `vm` that does as it is told.
     ///
     /// # Errors
@@ -165,6 +171,8 @@ pub trait Testbed: Sync + Sized {
 pub enum GuestFault {
     /// The guest has no such instruction or register.
     Undefined,
+    /// Another exception, with this `ESR_EL1`.
+    Exception(u64),
     /// Nothing is there, or nothing that may be written: the VMM was asked.
     Mmio,
     /// The vCPU could not go on.
@@ -175,6 +183,7 @@ impl fmt::Display for GuestFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Undefined => f.write_str("undefined instruction"),
+            Self::Exception(syndrome) => write!(f, "exception, ESR_EL1 {syndrome:#x}"),
             Self::Mmio => f.write_str("no memory there"),
             Self::Run(error) => error.fmt(f),
         }
@@ -203,6 +212,18 @@ pub trait GuestCpu: Send {
     /// # Errors
     /// See [`GuestFault`].
     fn store(&mut self, ipa: u64, value: u64) -> Result<(), GuestFault>;
+
+    /// Stores an aligned 32-bit word by a program in AArch32 at EL0, whose code may go to the page
+    /// at `code`. `None` if the vCPU has no AArch32 there.
+    ///
+    /// # Errors
+    /// See [`GuestFault`].
+    fn store_in_aarch32(
+        &mut self,
+        ipa: u64,
+        value: u32,
+        code: u64,
+    ) -> Result<Option<()>, GuestFault>;
 
     /// Loads a granule's tag.
     ///

@@ -55,6 +55,10 @@ global_asm!(
         nop
         b 7f
         nop
+        b 8f
+        nop
+        mrs x0, id_aa64pfr0_el1
+        b 0b
         mrs x0, S3_0_C0_C4_1        // ID_AA64PFR1_EL1
         b 0b
         mrs x0, S3_0_C1_C0_5        // RGSR_EL1
@@ -105,6 +109,18 @@ global_asm!(
         ubfx x0, x0, #56, #4
         b 0b
 
+    8:  dc cvau, x2                 // the code at x2, which EL0 has at x4, in AArch32 with r0 = x5 and r1 = x3
+        dsb ish
+        ic ivau, x2
+        dsb ish
+        isb
+        msr elr_el1, x4
+        mov x9, #0x1d0              // User mode, A32, all interrupts masked
+        msr spsr_el1, x9
+        mov x0, x5
+        mov x1, x3
+        eret
+
         .org conformance_agent + 0x800
         .rept 16
         mrs x0, esr_el1
@@ -136,6 +152,8 @@ enum Command {
     Ldg16,
     Stg16,
     Ldg,
+    Aarch32,
+    ReadPfr0,
     ReadPfr1,
     ReadRgsr,
     WriteRgsr,
@@ -150,6 +168,7 @@ enum Command {
 // Stage-1 descriptors of a 1 GiB block (Arm ARM D8.3).
 const BLOCK: u64 = 0b01 | 1 << 10; // valid, access flag
 const NORMAL: u64 = 0b11 << 8; // inner shareable, index 0 of MAIR_EL1
+const EL0: u64 = 1 << 6; // readable and writable at EL0 too
 const DEVICE: u64 = 1 << 2 | 0b11 << 53; // index 1 of MAIR_EL1, execute never
 
 const SCTLR_EL1: RegisterId = RegisterId::system(3, 0, 1, 0, 0);
@@ -275,9 +294,11 @@ impl Drop for AgentCpu {
 
 /// An exception that the agent met.
 fn fault_of(syndrome: u64) -> GuestFault {
-    // ESR_EL1.EC 0 is an undefined instruction.
-    assert_eq!(syndrome >> 26, 0, "the agent's ESR_EL1 is {syndrome:#x}");
-    GuestFault::Undefined
+    match syndrome >> 26 {
+        // An undefined instruction, or a system register that is not there.
+        0 => GuestFault::Undefined,
+        _ => GuestFault::Exception(syndrome),
+    }
 }
 
 fn word(data: &[u8]) -> u64 {
@@ -289,6 +310,16 @@ fn word(data: &[u8]) -> u64 {
 fn offset_of_next() -> u64 {
     (&raw const conformance_agent_next).addr() as u64 - (&raw const conformance_agent).addr() as u64
 }
+
+/// `ESR_EL1.EC` of an SVC in AArch32.
+const EC_SVC32: u64 = 0x11;
+
+/// `str r1, [r0]`, `svc #0`, in A32.
+const STORE_IN_AARCH32: u64 = 0xef00_0000_e580_1000;
+
+/// What EL0 calls the guest's memory: the fourth GiB is the third one, open to EL0.
+const EL0_GIB: u64 = 3;
+const EL0_ALIAS: u64 = 1 << 30;
 
 /// The agent's code.
 fn code() -> &'static [u8] {
@@ -310,6 +341,8 @@ fn write_agent(memory: &HostMapping) {
     for gib in 1..512 {
         memory.write(PAGE + gib * 8, gib << 30 | BLOCK | NORMAL);
     }
+    let aliased = (EL0_GIB << 30) - EL0_ALIAS;
+    memory.write(PAGE + EL0_GIB * 8, aliased | BLOCK | NORMAL | EL0);
 }
 
 fn set_up(vcpu: &KvmVcpu, agent: u64, has_mte: bool) -> engine::Result<()> {
@@ -346,6 +379,26 @@ impl GuestCpu for AgentCpu {
 
     fn store(&mut self, ipa: u64, value: u64) -> Result<(), GuestFault> {
         self.command(Command::Store, [ipa, value, 0, 0]).map(drop)
+    }
+
+    fn store_in_aarch32(
+        &mut self,
+        ipa: u64,
+        value: u32,
+        code: u64,
+    ) -> Result<Option<()>, GuestFault> {
+        /// `ID_AA64PFR0_EL1.EL0`: both widths.
+        const BOTH: u64 = 2;
+        if self.command(Command::ReadPfr0, [0; 4])? & 0xf != BOTH {
+            return Ok(None);
+        }
+        self.store(code, STORE_IN_AARCH32)?;
+        let operands = [code, value.into(), code + EL0_ALIAS, ipa + EL0_ALIAS];
+        match self.command(Command::Aarch32, operands) {
+            Err(GuestFault::Exception(syndrome)) if syndrome >> 26 == EC_SVC32 => Ok(Some(())),
+            Err(fault) => Err(fault),
+            Ok(result) => panic!("the agent returned {result:#x} from AArch32"),
+        }
     }
 
     fn ldg(&mut self, ipa: u64) -> Result<Tag, GuestFault> {

@@ -8,14 +8,16 @@ mod agent;
 mod memory;
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
 use engine::kvm::{KvmHypervisor, KvmVm};
 use engine::model::HostRules;
 use engine::{TagCopyError, TagCopyResult};
-use kvm_bindings::{KVM_ARM_TAGS_TO_GUEST, kvm_arm_copy_mte_tags};
+use kvm_bindings::{
+    KVM_ARM_TAGS_TO_GUEST, KVM_ARM_VCPU_EL1_32BIT, kvm_arm_copy_mte_tags, kvm_vcpu_init,
+};
 use mte::aarch64::Instructions;
 use mte::{Tag, TagPage};
 
@@ -24,8 +26,15 @@ pub use memory::{File, HostMapping};
 
 use crate::{Backing, Mapping, Stop, Testbed};
 
-/// The number of `KVM_ARM_MTE_COPY_TAGS` (<linux/kvm.h>).
+// Numbers of ioctls (<linux/kvm.h>).
+/// `KVM_ARM_MTE_COPY_TAGS`.
 const COPY_TAGS: libc::c_ulong = 0x8030_aeb4;
+/// `KVM_CREATE_VCPU`.
+const CREATE_VCPU: libc::c_ulong = 0xae41;
+/// `KVM_ARM_VCPU_INIT`.
+const VCPU_INIT: libc::c_ulong = 0x4020_aeae;
+/// `KVM_ARM_PREFERRED_TARGET`.
+const PREFERRED_TARGET: libc::c_ulong = 0x8020_aeaf;
 
 /// KVM on this host.
 pub struct KvmTestbed {
@@ -188,6 +197,23 @@ impl Testbed for KvmTestbed {
                 _ => TagCopyError::Host { ipa, source },
             }
         }))
+    }
+
+    fn host_makes_aarch32_vcpu(&self, vm: &KvmVm) -> Result<bool, Stop> {
+        let mut init = kvm_vcpu_init::default();
+        // SAFETY: the file is a VM's, and the structure what this ioctl writes.
+        let asked = unsafe { libc::ioctl(vm.as_raw_fd(), PREFERRED_TARGET as _, &mut init) };
+        // SAFETY: the file is a VM's; the number is no address.
+        let vcpu = unsafe { libc::ioctl(vm.as_raw_fd(), CREATE_VCPU as _, 0) };
+        if asked < 0 || vcpu < 0 {
+            return Err(io::Error::last_os_error().into());
+        }
+        // SAFETY: the descriptor was just made and nobody else has it.
+        let vcpu = unsafe { OwnedFd::from_raw_fd(vcpu) };
+        init.features[0] |= 1 << KVM_ARM_VCPU_EL1_32BIT;
+        // SAFETY: the file is a vCPU's, and the structure what this ioctl reads.
+        let made = unsafe { libc::ioctl(vcpu.as_raw_fd(), VCPU_INIT as _, &init) };
+        Ok(made == 0)
     }
 
     fn cpu(&self, vm: &Arc<KvmVm>, index: u32) -> Result<AgentCpu, Stop> {
