@@ -3,7 +3,7 @@
 //! [`checks()`] has one check for each thing that the seeds demand of the hypervisor, ordered by the
 //! rows of «The seeds, point by point». They speak to the traits of `engine` and to a [`Testbed`],
 //! which has what those lack: host memory of all kinds, and vCPUs that do as they are told.
-//! [`model`] is the testbed of the reference model and runs anywhere (`cargo test`); [`kvm`] is that
+//! [`model`] is the testbed of the reference model and runs anywhere (`cargo test`); `kvm` is that
 //! of a real kernel, whose guests run a small agent. The program `conformance` runs all of them on
 //! one engine and prints a line for each; `docs/hypervisors.md` says what came out.
 

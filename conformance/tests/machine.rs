@@ -4,7 +4,7 @@
 use std::fs;
 
 use engine::model::{Guest, HostRules, ModelHypervisor, ModelVcpu, Step};
-use engine::{Error, RegisterId, Result, SystemEvent, Vcpu};
+use engine::{RegisterId, Result, SystemEvent, Vcpu};
 use mte::Tag;
 use vm_memory::{Bytes, GuestAddress};
 use vmm::config::{MachineConfig, MemorySize};
@@ -22,15 +22,14 @@ struct Counting;
 impl Guest for Counting {
     fn step(&self, vcpu: &mut ModelVcpu) -> Result<Step> {
         let entry = vcpu.register_u64(RegisterId::PC)?;
-        let tag = vcpu.ldg(COUNTER).map_err(unreachable_memory)?;
+        let tag = vcpu.ldg(COUNTER)?;
         let from = match (load(vcpu, COUNTER)?, tag) {
             (0, Tag::ZERO) => load(vcpu, entry)?,
             (count, TAG) => count,
             (_, tag) => panic!("the counter has tag {tag}"),
         };
-        vcpu.store(COUNTER, &(from + 1).to_le_bytes())
-            .and_then(|()| vcpu.stg(COUNTER, TAG))
-            .map_err(unreachable_memory)?;
+        vcpu.store(COUNTER, &(from + 1).to_le_bytes())?;
+        vcpu.stg(COUNTER, TAG)?;
         Ok(match from + 1 {
             10 => Step::System(SystemEvent::Off),
             _ => Step::Continue,
@@ -40,16 +39,8 @@ impl Guest for Counting {
 
 fn load(vcpu: &ModelVcpu, address: u64) -> Result<u64> {
     let mut value = [0; 8];
-    vcpu.load(address, &mut value).map_err(unreachable_memory)?;
+    vcpu.load(address, &mut value)?;
     Ok(u64::from_le_bytes(value))
-}
-
-fn unreachable_memory(error: engine::model::AccessError) -> Error {
-    Error::Run {
-        index: 0,
-        pc: 0,
-        reason: error.to_string(),
-    }
 }
 
 #[test]

@@ -30,7 +30,8 @@
 //! ```
 //!
 //! The traits speak of guest memory, registers and interrupts, never of file descriptors or
-//! ioctls, so that a hypervisor other than Linux KVM can stand behind them. [`kvm`] is KVM on arm64.
+//! ioctls, so that a hypervisor other than Linux KVM can stand behind them. `kvm` is KVM on arm64,
+//! [`model`] a reference model of the hypervisor side for tests that have to run anywhere.
 
 mod capabilities;
 mod error;

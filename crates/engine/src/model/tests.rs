@@ -107,12 +107,10 @@ impl Guest for Counter {
             });
         }
         let mut value = [0; 8];
-        vcpu.load(counter, &mut value)
-            .expect("the counter is memory");
+        vcpu.load(counter, &mut value)?;
         let value = u64::from_le_bytes(value) + 1;
-        vcpu.store(counter, &value.to_le_bytes())
-            .expect("the counter is memory");
-        vcpu.stg(counter, TAG).expect("the counter is memory");
+        vcpu.store(counter, &value.to_le_bytes())?;
+        vcpu.stg(counter, TAG)?;
         Ok(match value {
             3 => Step::Wait,
             _ => Step::Continue,

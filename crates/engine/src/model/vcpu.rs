@@ -71,14 +71,34 @@ impl Guest for Idle {
 #[derive(Debug, thiserror::Error)]
 pub enum AccessError {
     /// Nothing is there, or nothing that may be written: on a real machine an MMIO exit.
-    #[error("guest address {ipa:#x}: no memory that this access can reach")]
+    #[error(
+        "vCPU {index} at pc {pc:#x}: no memory at guest address {ipa:#x} that this access can reach"
+    )]
     Mmio {
+        /// The vCPU.
+        index: u32,
+        /// Where it stands.
+        pc: u64,
         /// Guest-physical address.
         ipa: u64,
     },
     /// [`Vcpu::run`] would have failed.
     #[error(transparent)]
     Run(#[from] Error),
+}
+
+/// For a guest's program that expects memory there: the vCPU cannot run on.
+impl From<AccessError> for Error {
+    fn from(error: AccessError) -> Self {
+        match error {
+            AccessError::Mmio { index, pc, .. } => Self::Run {
+                index,
+                pc,
+                reason: error.to_string(),
+            },
+            AccessError::Run(error) => error,
+        }
+    }
 }
 
 /// An instruction that the guest does not have: an exception to it.
@@ -123,18 +143,14 @@ impl ModelVcpu {
         touch: Touch,
         access: impl FnOnce(&Found) -> R,
     ) -> Result<R, AccessError> {
+        let index = self.index;
+        let registers = self.registers.borrow();
+        let pc = registers.get(RegisterId::PC).unwrap_or(u64::MAX);
         self.vm
             .access(ipa, touch, access)
             .map_err(|miss| match miss {
-                Miss::Mmio => AccessError::Mmio { ipa },
-                Miss::Host => AccessError::Run(Error::GuestMemoryFault {
-                    index: self.index,
-                    pc: self
-                        .registers
-                        .borrow()
-                        .get(RegisterId::PC)
-                        .unwrap_or(u64::MAX),
-                }),
+                Miss::Mmio => AccessError::Mmio { index, pc, ipa },
+                Miss::Host => AccessError::Run(Error::GuestMemoryFault { index, pc }),
             })
     }
 
