@@ -16,14 +16,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::num::NonZero;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
 use mte::{GRANULE_SIZE, Tag};
 
 use super::HostRules;
 use super::frame::{Frame, FramePool, PAGE_SIZE};
-use super::page::{HostPage, OutOfMemory, SwapOut};
+use super::page::{HostPage, OutOfMemory, SwapOut, TagStorage};
 use super::sync;
 
 /// The lowest address of the model's host: above what any process has, below what tags reach.
@@ -284,7 +283,7 @@ struct Host {
     pool: Arc<FramePool>,
     space: RwLock<AddressSpace>,
     real: RwLock<Vec<RealRange>>,
-    swapped_tags: AtomicU64,
+    swapped_tags: Arc<TagStorage>,
 }
 
 /// Adopted memory, as long as somebody holds it.
@@ -320,7 +319,7 @@ impl ModelHost {
                 next: FIRST_ADDRESS / PAGE_SIZE,
             }),
             real: RwLock::default(),
-            swapped_tags: AtomicU64::new(0),
+            swapped_tags: TagStorage::new(rules.swapped_tag_pages),
         }))
     }
 
@@ -587,14 +586,7 @@ impl ModelHost {
     }
 
     fn try_swap_out(&self, address: NonNull<u8>) -> io::Result<SwapOut> {
-        let kept = &self.0.swapped_tags;
-        let limit = self.0.rules.swapped_tag_pages;
-        let keeps_tags = || {
-            let more = |kept: u64| kept.checked_add(1).filter(|kept| *kept <= limit);
-            kept.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
-                .is_ok()
-        };
-        self.on_resident_page(address, |page| page.swap_out(keeps_tags))
+        self.on_resident_page(address, |page| page.swap_out(&self.0.swapped_tags))
             .map(|outcome| outcome.unwrap_or(SwapOut::NothingThere))
     }
 

@@ -5,6 +5,8 @@
 //! Swap-out wants the frame for itself alone and otherwise has to come back, as in Linux a page with
 //! extra references is not reclaimed.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use mte::TagPage;
 
 use super::frame::Frame;
@@ -43,7 +45,41 @@ enum Contents {
 /// `arch/arm64/mm/mteswap.c`).
 struct Swapped {
     data: Vec<u64>,
-    tags: Option<TagPage>,
+    tags: Option<(TagPage, TagRoom)>,
+}
+
+/// Room for the tags of swapped pages.
+pub struct TagStorage {
+    pages: u64,
+    in_use: AtomicU64,
+}
+
+/// Room for those of one page, given back when dropped.
+pub struct TagRoom(std::sync::Arc<TagStorage>);
+
+impl TagStorage {
+    /// Room for the tags of so many pages.
+    pub fn new(pages: u64) -> std::sync::Arc<Self> {
+        std::sync::Arc::new(Self {
+            pages,
+            in_use: AtomicU64::new(0),
+        })
+    }
+
+    /// Room for one page's, if there is any.
+    fn take(self: &std::sync::Arc<Self>) -> Option<TagRoom> {
+        let one_more = |in_use| (in_use < self.pages).then(|| in_use + 1);
+        self.in_use
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
+            .ok()?;
+        Some(TagRoom(std::sync::Arc::clone(self)))
+    }
+}
+
+impl Drop for TagRoom {
+    fn drop(&mut self) {
+        self.0.in_use.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl HostPage {
@@ -99,9 +135,8 @@ impl HostPage {
         *self.contents() = Contents::Absent;
     }
 
-    /// Moves the contents out of their frame, tags with them if those are valid. `keeps_tags` says
-    /// whether the host can keep one more page of tags.
-    pub fn swap_out(&self, keeps_tags: impl FnOnce() -> bool) -> SwapOut {
+    /// Moves the contents out of their frame, tags with them if those are valid and there is room.
+    pub fn swap_out(&self, storage: &std::sync::Arc<TagStorage>) -> SwapOut {
         let mut contents = self.contents();
         let Contents::Present(frame) = &mut *contents else {
             return SwapOut::NothingThere;
@@ -110,14 +145,15 @@ impl HostPage {
         let Some(frame) = Arc::get_mut(frame) else {
             return SwapOut::Busy;
         };
-        let swapped = Swapped {
-            data: frame.data(),
-            tags: frame.valid_tags(),
+        let tags = match frame.valid_tags() {
+            None => None,
+            Some(tags) => match storage.take() {
+                Some(room) => Some((tags, room)),
+                None => return SwapOut::NoRoomForTags,
+            },
         };
-        if swapped.tags.is_some() && !keeps_tags() {
-            return SwapOut::NoRoomForTags;
-        }
-        *contents = Contents::Swapped(swapped);
+        let data = frame.data();
+        *contents = Contents::Swapped(Swapped { data, tags });
         SwapOut::Done
     }
 }
@@ -133,7 +169,7 @@ fn find(
     };
     let frame = allocate().ok_or(OutOfMemory)?;
     frame.set_data(&swapped.data);
-    if let Some(tags) = &swapped.tags {
+    if let Some((tags, _)) = &swapped.tags {
         frame.set_tags(tags);
     }
     let frame = Arc::new(frame);

@@ -145,25 +145,32 @@ fn a_guests_program_runs_between_exits_and_stops_when_interrupted() {
 #[test]
 fn a_page_whose_tags_the_host_cannot_keep_is_not_swapped_out() {
     let rules = HostRules {
-        swapped_tag_pages: 0,
+        swapped_tag_pages: 1,
         ..HostRules::linux(6, 12)
     };
     let hypervisor = ModelHypervisor::new(rules);
-    let memory = hypervisor
-        .host()
-        .map(Backing::Anonymous, 1, Protection::Plain)
-        .unwrap();
+    let host = hypervisor.host();
+    let memory = host.map(Backing::Anonymous, 2, Protection::Plain).unwrap();
+    let second = memory.map_addr(|address| address.saturating_add(PAGE));
     let vm = vm_with_mte(&hypervisor);
     // SAFETY: the memory is the model's, which checks every access.
-    unsafe { vm.set_memslot(&slot(memory, 1)) }.unwrap();
+    unsafe { vm.set_memslot(&slot(memory, 2)) }.unwrap();
     let vcpu = vm.create_vcpu(0, VcpuFeatures::default()).unwrap();
     vcpu.stg(IPA, TAG).unwrap();
+    vcpu.stg(IPA + PAGE_SIZE, TAG).unwrap();
+    host.swap_out(memory).unwrap();
 
-    let outcome = hypervisor.host().swap_out(memory);
+    let without_room = host.swap_out(second);
+    let first_tag = vcpu.ldg(IPA).unwrap();
+    let with_room = host.swap_out(second);
 
-    assert_eq!(outcome.unwrap_err().kind(), std::io::ErrorKind::OutOfMemory);
-    assert!(hypervisor.host().frame_number(memory).unwrap().is_some());
-    assert_eq!(vcpu.ldg(IPA).unwrap(), TAG);
+    assert_eq!(
+        without_room.unwrap_err().kind(),
+        std::io::ErrorKind::OutOfMemory
+    );
+    assert!(with_room.unwrap());
+    assert_eq!(first_tag, TAG);
+    assert_eq!(vcpu.ldg(IPA + PAGE_SIZE).unwrap(), TAG);
 }
 
 #[test]

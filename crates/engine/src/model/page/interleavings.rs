@@ -8,7 +8,7 @@ use loom::sync::Arc;
 use loom::thread;
 use mte::Tag;
 
-use super::{HostPage, SwapOut};
+use super::{HostPage, SwapOut, TagStorage};
 use crate::model::frame::Frame;
 
 const STALE: Tag = Tag::from_low_bits(0xa);
@@ -72,7 +72,7 @@ fn copy_out(page: &HostPage, granule: usize) -> Tag {
 }
 
 fn swap_out(page: &HostPage) -> SwapOut {
-    page.swap_out(|| true)
+    page.swap_out(&TagStorage::new(1))
 }
 
 #[test]
