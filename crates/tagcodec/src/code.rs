@@ -1,0 +1,409 @@
+//! Prefix codes for the shapes of spans.
+//!
+//! A shape (length and gap) is one of 40 symbols, some with extra bits. A [`Lengths`] says how many
+//! bits each symbol's code has; from it follow the canonical code, the table that writes with it and
+//! the table that reads it.
+
+use crate::error::Error;
+use crate::span::{GRANULES, SHAPES, Span};
+
+/// Symbols for spans without a gap, and as many for those with one.
+pub(crate) const HALF: usize = EXACT + CLASSES;
+/// How many symbols there are.
+pub(crate) const SYMBOLS: usize = 2 * HALF;
+/// Lengths up to this have a symbol of their own.
+const EXACT: usize = 16;
+/// Classes of longer ones: 17 to 32, 33 to 64, 65 to 128, 129 to 256.
+const CLASSES: usize = 4;
+/// The longest code.
+pub(crate) const LONGEST: u32 = 9;
+/// Bits of a tag.
+const TAG_BITS: u32 = 4;
+/// The most bits that a span without extra bits takes.
+pub(crate) const SHORT_SPAN_BITS: u32 = TAG_BITS + LONGEST;
+/// The most bits that a span takes.
+pub(crate) const SPAN_BITS: u32 = SHORT_SPAN_BITS + extra_bits(CLASSES - 1);
+
+const fn extra_bits(class: usize) -> u32 {
+    4 + class as u32
+}
+
+/// The shortest length of a class, less one.
+const fn below(class: usize) -> usize {
+    EXACT << class
+}
+
+/// The symbol of a length of 1 to 256, its extra bits, and how many these are.
+const fn symbol(length: usize) -> (usize, u32, u32) {
+    if length <= EXACT {
+        return (length - 1, 0, 0);
+    }
+    let class = (length - 1).ilog2() as usize - EXACT.ilog2() as usize;
+    (
+        EXACT + class,
+        (length - 1 - below(class)) as u32,
+        extra_bits(class),
+    )
+}
+
+/// The symbol of each shape.
+const SYMBOL_OF: [u8; SHAPES] = {
+    let mut table = [0; SHAPES];
+    let mut shape = 0;
+    while shape < SHAPES {
+        let length = if shape % 256 == 0 { 256 } else { shape % 256 };
+        table[shape] = (symbol(length).0 + shape / 256 * HALF) as u8;
+        shape += 1;
+    }
+    table
+};
+
+/// How often each symbol occurs.
+pub(crate) struct Counts(pub(crate) [u32; SYMBOLS]);
+
+impl Counts {
+    #[inline(always)]
+    pub(crate) fn add(&mut self, span: Span) {
+        self.0[usize::from(SYMBOL_OF[span.shape()])] += 1;
+    }
+
+    /// Bits that the spans counted take in a code: tags and extra bits are the same in all codes and
+    /// do not count.
+    pub(crate) fn bits(&self, lengths: &Lengths) -> u32 {
+        self.0
+            .iter()
+            .zip(&lengths.0)
+            .map(|(count, length)| count * u32::from(*length))
+            .sum()
+    }
+}
+
+/// The length of each symbol's code, 1 to [`LONGEST`].
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) struct Lengths(pub(crate) [u8; SYMBOLS]);
+
+impl Lengths {
+    /// Bytes of a code's description.
+    pub(crate) const BYTES: usize = SYMBOLS / 2;
+
+    /// The best code for these counts. Symbols that were not counted have one too.
+    pub(crate) fn of(counts: &Counts) -> Self {
+        // A seen symbol weighs at least as much as all unseen ones.
+        let mut order = [0u32; SYMBOLS];
+        for (symbol, (entry, count)) in order.iter_mut().zip(&counts.0).enumerate() {
+            *entry = (count * 32 + 1) << 6 | symbol as u32;
+        }
+        order.sort_unstable();
+        let mut weights = order.map(|entry| entry >> 6);
+        minimum_redundancy(&mut weights);
+        let mut of_length = [0u32; SYMBOLS];
+        for length in weights {
+            of_length[length.min(LONGEST) as usize] += 1;
+        }
+        shorten(&mut of_length);
+        let mut lengths = [0; SYMBOLS];
+        let mut rarest_first = order.iter();
+        for length in (1..=LONGEST).rev() {
+            for entry in rarest_first
+                .by_ref()
+                .take(of_length[length as usize] as usize)
+            {
+                lengths[(entry & 63) as usize] = length as u8;
+            }
+        }
+        Self(lengths)
+    }
+
+    /// Writes it, four bits a symbol.
+    pub(crate) fn to_bytes(&self) -> [u8; Self::BYTES] {
+        core::array::from_fn(|i| self.0[2 * i] | self.0[2 * i + 1] << 4)
+    }
+
+    /// Reads it, and makes sure that every sequence of bits is a sequence of codes.
+    pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Result<Self, Error> {
+        let lengths: [u8; SYMBOLS] = core::array::from_fn(|i| bytes[i / 2] >> (i % 2 * 4) & 0xf);
+        let valid = lengths.iter().all(|length| u32::from(*length) <= LONGEST);
+        let space = |length: &u8| {
+            if *length == 0 {
+                0
+            } else {
+                1u32 << LONGEST >> (*length).min(LONGEST as u8)
+            }
+        };
+        let complete = lengths.iter().map(space).sum::<u32>() == 1 << LONGEST;
+        if valid && complete {
+            Ok(Self(lengths))
+        } else {
+            Err(Error::Code)
+        }
+    }
+
+    /// The canonical code of each symbol, its first bit lowest.
+    const fn codes(&self) -> [u16; SYMBOLS] {
+        let mut next = [0u16; LONGEST as usize + 2];
+        let mut symbol = 0;
+        while symbol < SYMBOLS {
+            next[self.0[symbol] as usize + 1] += 1;
+            symbol += 1;
+        }
+        next[1] = 0;
+        let mut length = 1;
+        while length <= LONGEST as usize {
+            next[length + 1] = (next[length] + next[length + 1]) << 1;
+            length += 1;
+        }
+        let mut codes = [0; SYMBOLS];
+        symbol = 0;
+        while symbol < SYMBOLS {
+            let length = self.0[symbol] as usize;
+            codes[symbol] = next[length].reverse_bits() >> ((16 - length) & 15);
+            next[length] += 1;
+            symbol += 1;
+        }
+        codes
+    }
+}
+
+/// Turns weights, the smallest first, into the lengths of a Huffman code, the longest first
+/// (Moffat and Katajainen, *In-place calculation of minimum-redundancy codes*, 1995).
+fn minimum_redundancy(a: &mut [u32; SYMBOLS]) {
+    let n = a.len();
+    a[0] += a[1];
+    let (mut root, mut leaf) = (0, 2);
+    for next in 1..n - 1 {
+        let mut weight = 0;
+        for _ in 0..2 {
+            if leaf >= n || root < next && a[root] < a[leaf] {
+                weight += a[root];
+                a[root] = next as u32;
+                root += 1;
+            } else {
+                weight += a[leaf];
+                leaf += 1;
+            }
+        }
+        a[next] = weight;
+    }
+    a[n - 2] = 0;
+    for next in (0..n - 2).rev() {
+        a[next] = a[a[next] as usize] + 1;
+    }
+    let (mut available, mut used, mut depth) = (1usize, 0usize, 0);
+    let mut next = n;
+    let mut root = n as isize - 2;
+    while available > 0 {
+        while root >= 0 && a[root as usize] == depth {
+            used += 1;
+            root -= 1;
+        }
+        while available > used {
+            next -= 1;
+            a[next] = depth;
+            available -= 1;
+        }
+        available = 2 * used;
+        depth += 1;
+        used = 0;
+    }
+}
+
+/// Lengths that were cut to [`LONGEST`] take more room than there is: makes others longer until
+/// the code is complete.
+fn shorten(of_length: &mut [u32; SYMBOLS]) {
+    let longest = LONGEST as usize;
+    let mut space: u32 = (1..=longest)
+        .map(|length| of_length[length] << (longest - length))
+        .sum();
+    while space > 1 << LONGEST {
+        of_length[longest] -= 1;
+        let shorter = (1..longest)
+            .rev()
+            .find(|length| of_length[*length] > 0)
+            .unwrap_or(1);
+        of_length[shorter] -= 1;
+        of_length[shorter + 1] += 2;
+        space -= 1;
+    }
+}
+
+/// What to write for each shape: bits in 23:0, tag 0 included, and how many in 31:24.
+pub(crate) struct Writing([u32; SHAPES]);
+
+impl Writing {
+    pub(crate) const fn of(lengths: &Lengths) -> Self {
+        let codes = lengths.codes();
+        let mut table = [0; SHAPES];
+        let mut half = 0;
+        while half < 2 {
+            let mut length = 1;
+            while length <= GRANULES {
+                let (symbol, extra, extra_bits) = symbol(length);
+                let symbol = half * HALF + symbol;
+                let bits = TAG_BITS + lengths.0[symbol] as u32;
+                table[half * GRANULES + length % GRANULES] =
+                    (codes[symbol] as u32) << TAG_BITS | extra << bits | (bits + extra_bits) << 24;
+                length += 1;
+            }
+            half += 1;
+        }
+        Self(table)
+    }
+
+    /// What to write for a span, and how many bits these are.
+    #[inline(always)]
+    pub(crate) fn get(&self, span: Span) -> (u64, u32) {
+        let entry = self.0[span.shape()];
+        (
+            u64::from(entry & 0xff_ffff | u32::from(span.tag)),
+            entry >> 24,
+        )
+    }
+}
+
+/// What the next bits mean, whichever they are.
+pub(crate) struct Reading([u32; 1 << LONGEST]);
+
+/// A symbol that was read.
+#[derive(Clone, Copy)]
+pub(crate) struct Read(u32);
+
+impl Reading {
+    pub(crate) const fn new() -> Self {
+        Self([0; 1 << LONGEST])
+    }
+
+    /// Makes the table for a complete code. It is doubled for each length of codes, and those of
+    /// that length put in.
+    pub(crate) const fn fill(&mut self, lengths: &Lengths) {
+        let codes = lengths.codes();
+        let mut filled = 1;
+        let mut length = 1;
+        while length <= LONGEST {
+            let (done, rest) = self.0.split_at_mut(filled);
+            rest.split_at_mut(filled).0.copy_from_slice(done);
+            filled *= 2;
+            let mut symbol = 0;
+            while symbol < SYMBOLS {
+                if lengths.0[symbol] as u32 == length {
+                    self.0[codes[symbol] as usize] = Read::new(symbol, length).0;
+                }
+                symbol += 1;
+            }
+            length += 1;
+        }
+    }
+
+    const fn of(lengths: &Lengths) -> Self {
+        let mut table = Self::new();
+        table.fill(lengths);
+        table
+    }
+
+    /// The span that these bits begin with.
+    #[inline(always)]
+    pub(crate) fn get(&self, bits: u64) -> Read {
+        Read(self.0[(bits >> TAG_BITS) as usize & ((1 << LONGEST) - 1)])
+    }
+}
+
+impl Read {
+    const fn new(symbol: usize, code_bits: u32) -> Self {
+        let bits = TAG_BITS + code_bits;
+        let (half, kind) = (symbol / HALF, symbol % HALF);
+        let last_mask = if half == 0 { 0xf } else { 0 };
+        let (length, class) = if kind < EXACT {
+            (kind + 1, 0)
+        } else {
+            (0, kind - EXACT)
+        };
+        Self(bits | (length as u32) << 8 | last_mask << 16 | (class as u32) << 24)
+    }
+
+    /// Bits of tag and code.
+    #[inline(always)]
+    pub(crate) fn bits(self) -> u32 {
+        self.0 & 0xff
+    }
+
+    /// How many granules, or 0 if extra bits say it.
+    #[inline(always)]
+    pub(crate) fn length(self) -> usize {
+        (self.0 >> 8 & 0xff) as usize
+    }
+
+    /// How many granules, given the bits behind the code, and how many of these say it.
+    pub(crate) fn long(self, behind: u64) -> (usize, u32) {
+        let class = (self.0 >> 24) as usize;
+        let extra = behind as usize & (below(class) - 1);
+        (below(class) + 1 + extra, extra_bits(class))
+    }
+
+    /// The last granule's tag is the span's tag and this.
+    #[inline(always)]
+    pub(crate) fn last_mask(self) -> u8 {
+        (self.0 >> 16) as u8
+    }
+}
+
+/// A code with its tables.
+pub(crate) struct Code {
+    pub(crate) lengths: Lengths,
+    pub(crate) writing: Writing,
+    pub(crate) reading: Reading,
+}
+
+/// The codes that need no description.
+pub(crate) static FIXED: [Code; FIXED_CODES] = {
+    let [a, b, c, d] = FIXED_LENGTHS;
+    [Code::of(a), Code::of(b), Code::of(c), Code::of(d)]
+};
+
+/// How many of these there are.
+pub(crate) const FIXED_CODES: usize = 4;
+
+/// The lengths of their codes, first of spans without a gap, then of those with one.
+const FIXED_LENGTHS: [Lengths; FIXED_CODES] = [
+    // small chunks with headers
+    Lengths([
+        6, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 8, 8, 7, 7, 9, 1, 3, 3, 4, 5, 6, 6, 7, 8,
+        9, 9, 9, 9, 9, 9, 7, 7, 7, 7,
+    ]),
+    // larger chunks with headers
+    Lengths([
+        6, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 8, 8, 9, 4, 3, 3, 3, 3, 4, 4, 4, 5,
+        5, 5, 5, 6, 6, 6, 7, 8, 8, 8,
+    ]),
+    // short runs
+    Lengths([
+        2, 2, 3, 3, 4, 5, 6, 6, 7, 7, 8, 9, 9, 9, 9, 9, 6, 7, 7, 7, 9, 7, 7, 7, 9, 9, 9, 9, 9, 9,
+        9, 9, 9, 9, 9, 9, 9, 9, 9, 9,
+    ]),
+    // long runs
+    Lengths([
+        8, 7, 7, 5, 7, 7, 7, 4, 7, 7, 7, 7, 7, 7, 7, 4, 4, 3, 3, 3, 9, 9, 8, 8, 8, 8, 8, 8, 8, 8,
+        8, 8, 8, 8, 8, 8, 4, 4, 4, 4,
+    ]),
+];
+
+impl Code {
+    const fn of(lengths: Lengths) -> Self {
+        let (writing, reading) = (Writing::of(&lengths), Reading::of(&lengths));
+        Self {
+            lengths,
+            writing,
+            reading,
+        }
+    }
+
+    /// Which of the fixed codes takes the fewest bits, and how many.
+    pub(crate) fn best_fixed(counts: &Counts) -> (usize, u32) {
+        let bits = FIXED.each_ref().map(|code| counts.bits(&code.lengths));
+        let mut best = (0, bits[0]);
+        for (i, bits) in bits.into_iter().enumerate() {
+            if bits < best.1 {
+                best = (i, bits);
+            }
+        }
+        best
+    }
+}

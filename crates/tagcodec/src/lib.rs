@@ -1,0 +1,15 @@
+#![doc = include_str!("../README.md")]
+#![no_std]
+#![forbid(unsafe_code)]
+
+mod batch;
+mod bits;
+mod code;
+mod error;
+mod page;
+mod span;
+mod unpacked;
+
+pub use batch::{Decoder, Encoder, decode_batch, encode_batch, max_batch_len};
+pub use error::Error;
+pub use page::{MAX_PAGE_LEN, decode_page, encode_page};
