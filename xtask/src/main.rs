@@ -1,4 +1,4 @@
-//! `cargo xtask`: the lab, the demo, the tests and the benchmarks.
+//! `cargo xtask`: the lab, the demo, the tests, the benchmarks and the fuzz targets.
 //!
 //! The lab is an emulated Arm machine with MTE that boots Debian as a KVM host, on any x86-64 or
 //! arm64 Linux machine; `docs/lab.md` tells how it works. [`lab`] puts it together from the
@@ -14,6 +14,7 @@ mod debian;
 mod demo;
 mod flat;
 mod folder;
+mod fuzz;
 mod host;
 mod interrupt;
 mod kernel;
@@ -33,7 +34,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// The lab, the demo, the tests and the benchmarks of Tagvisor
+/// The lab, the demo, the tests, the benchmarks and the fuzz targets of Tagvisor
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {
@@ -51,6 +52,8 @@ enum Action {
     Test(test::Arguments),
     /// Run the benchmarks
     Bench(bench::Arguments),
+    /// Fuzz a parser: a target of a crate's `fuzz` folder
+    Fuzz(fuzz::Arguments),
     /// Build the programs that run in the lab and set up what is missing, without booting
     Build,
     /// Remove all that the lab has downloaded
@@ -78,6 +81,7 @@ fn run(arguments: &Arguments) -> Result<u8> {
         Action::Demo => demo::run(),
         Action::Test(arguments) => test::run(arguments),
         Action::Bench(arguments) => bench::run(arguments),
+        Action::Fuzz(arguments) => fuzz::run(arguments),
         Action::Clean => {
             let cache = cache::Cache::open()?;
             cache.clear()?;
