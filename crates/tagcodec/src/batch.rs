@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::page::{
     MAX_PAGE_LEN, MOST_SPANS, RAW, SPANS_MARGIN, decode_page, encode_page, put_spans,
 };
-use crate::span::{PACKED, Spans};
+use crate::span::{PACKED, Spans, first_granules, uniform};
 use crate::unpacked::{SpanReader, pack, room};
 
 /// Pages of a group; the last one of a batch may have fewer.
@@ -55,9 +55,10 @@ impl Kinds {
         let mut kinds = Self::default();
         let mut before = None;
         for (i, page) in pages.iter().enumerate() {
-            if before == Some(page) {
+            let alike = |before| first_granules(before) == first_granules(page) && before == page;
+            if before.is_some_and(alike) {
                 kinds.same |= 1 << i;
-            } else if page.uniform().is_some() {
+            } else if uniform(page).is_some() {
                 kinds.other |= 1 << i;
             }
             before = Some(page);

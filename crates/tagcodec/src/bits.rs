@@ -76,40 +76,31 @@ impl Position {
     }
 }
 
-/// Reads bits from bytes. Behind their end are zeros; [`BitReader::bytes_used`] tells whether they
-/// were used.
-#[derive(Clone, Copy)]
-pub(crate) struct BitReader<'a> {
-    bytes: &'a [u8],
+/// A place in bytes from which bits are read. Behind the bytes are zeros; [`BitReader::bytes_used`]
+/// tells whether they were used.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct BitReader {
     /// Bits that were read.
     position: usize,
     /// The bits that come next.
     held: u64,
 }
 
-impl<'a> BitReader<'a> {
-    pub(crate) fn new(bytes: &'a [u8]) -> Self {
-        Self {
-            bytes,
-            position: 0,
-            held: 0,
-        }
-    }
-
+impl BitReader {
     /// Makes at least `BITS_AT_ONCE` bits ready.
     #[inline(always)]
-    pub(crate) fn refill(&mut self) {
+    pub(crate) fn refill(&mut self, bytes: &[u8]) {
         let next = self.position / 8;
-        let word = match self.bytes.get(next..).and_then(<[u8]>::first_chunk) {
+        let word = match bytes.get(next..).and_then(<[u8]>::first_chunk) {
             Some(chunk) => u64::from_le_bytes(*chunk),
-            None => last_word(self.bytes, next),
+            None => last_word(bytes, next),
         };
         self.held = word >> (self.position % 8);
     }
 
     /// The bits that come next, the first one lowest.
     #[inline(always)]
-    pub(crate) fn peek(&self) -> u64 {
+    pub(crate) fn peek(self) -> u64 {
         self.held
     }
 
@@ -120,10 +111,10 @@ impl<'a> BitReader<'a> {
         self.position += count as usize;
     }
 
-    /// How many bytes were begun, if there were so many.
-    pub(crate) fn bytes_used(&self) -> Option<usize> {
+    /// How many of `bytes` were begun, if there were so many.
+    pub(crate) fn bytes_used(self, bytes: &[u8]) -> Option<usize> {
         let used = self.position.div_ceil(8);
-        (used <= self.bytes.len()).then_some(used)
+        (used <= bytes.len()).then_some(used)
     }
 }
 

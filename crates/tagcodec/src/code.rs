@@ -33,27 +33,33 @@ const fn below(class: usize) -> usize {
     EXACT << class
 }
 
-/// The symbol of a length of 1 to 256, its extra bits, and how many these are.
-const fn symbol(length: usize) -> (usize, u32, u32) {
-    if length <= EXACT {
-        return (length - 1, 0, 0);
+/// The shortest length of a symbol, and its extra bits. Which half the symbol is in does not matter.
+const fn lengths_of(symbol: usize) -> (usize, u32) {
+    let kind = symbol % HALF;
+    if kind < EXACT {
+        (kind + 1, 0)
+    } else {
+        (below(kind - EXACT) + 1, extra_bits(kind - EXACT))
     }
-    let class = (length - 1).ilog2() as usize - EXACT.ilog2() as usize;
-    (
-        EXACT + class,
-        (length - 1 - below(class)) as u32,
-        extra_bits(class),
-    )
+}
+
+/// The shape of a span of 1 to 256 granules in this symbol's half.
+const fn shape(symbol: usize, length: usize) -> usize {
+    symbol / HALF * GRANULES + length % GRANULES
 }
 
 /// The symbol of each shape.
 const SYMBOL_OF: [u8; SHAPES] = {
     let mut table = [0; SHAPES];
-    let mut shape = 0;
-    while shape < SHAPES {
-        let length = if shape % 256 == 0 { 256 } else { shape % 256 };
-        table[shape] = (symbol(length).0 + shape / 256 * HALF) as u8;
-        shape += 1;
+    let mut symbol = 0;
+    while symbol < SYMBOLS {
+        let (shortest, extra_bits) = lengths_of(symbol);
+        let mut extra = 0;
+        while extra < 1 << extra_bits {
+            table[shape(symbol, shortest + extra)] = symbol as u8;
+            extra += 1;
+        }
+        symbol += 1;
     }
     table
 };
@@ -233,18 +239,17 @@ impl Writing {
     pub(crate) const fn of(lengths: &Lengths) -> Self {
         let codes = lengths.codes();
         let mut table = [0; SHAPES];
-        let mut half = 0;
-        while half < 2 {
-            let mut length = 1;
-            while length <= GRANULES {
-                let (symbol, extra, extra_bits) = symbol(length);
-                let symbol = half * HALF + symbol;
-                let bits = TAG_BITS + lengths.0[symbol] as u32;
-                table[half * GRANULES + length % GRANULES] =
-                    (codes[symbol] as u32) << TAG_BITS | extra << bits | (bits + extra_bits) << 24;
-                length += 1;
+        let mut symbol = 0;
+        while symbol < SYMBOLS {
+            let (shortest, extra_bits) = lengths_of(symbol);
+            let bits = TAG_BITS + lengths.0[symbol] as u32;
+            let code = (codes[symbol] as u32) << TAG_BITS | (bits + extra_bits) << 24;
+            let mut extra = 0;
+            while extra < 1 << extra_bits {
+                table[shape(symbol, shortest + extra)] = code | (extra as u32) << bits;
+                extra += 1;
             }
-            half += 1;
+            symbol += 1;
         }
         Self(table)
     }

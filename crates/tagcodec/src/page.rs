@@ -6,7 +6,7 @@ use crate::batch::take;
 use crate::bits::{BITS_AT_ONCE, BitWriter, WRITE_MARGIN};
 use crate::code::{Code, Counts, FIXED, FIXED_CODES, SPAN_BITS, SYMBOLS, Writing};
 use crate::error::Error;
-use crate::span::{PACKED, Spans};
+use crate::span::{PACKED, Spans, uniform};
 use crate::unpacked::{SpanReader, pack, room};
 
 /// The head of packed tags as they are.
@@ -27,7 +27,7 @@ pub const MAX_PAGE_LEN: usize = PACKED + 1;
 /// Codes a page. Returns how many bytes of `out` it wrote: 1 for a page of one tag, at most
 /// [`MAX_PAGE_LEN`].
 pub fn encode_page(page: &TagPage, out: &mut [u8; MAX_PAGE_LEN]) -> usize {
-    if let Some(tag) = page.uniform() {
+    if let Some(tag) = uniform(page) {
         out[0] = tag.value();
         return 1;
     }

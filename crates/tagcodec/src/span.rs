@@ -4,24 +4,37 @@
 //! has tag 0. Allocators put a header of one untagged granule before each tagged chunk, so a chunk
 //! and the next one's header are one span. Where there are no headers a span is just a run.
 
-use mte::TagPage;
+use mte::{Tag, TagPage};
 
 /// Bytes of packed tags.
 pub(crate) const PACKED: usize = 128;
 /// Granules of a page.
 pub(crate) const GRANULES: usize = 256;
 
-/// In [`Spans::tags`]: the granule before this one ends a span that is closed by a lone tag 0.
-pub(crate) const AFTER_GAP: u8 = 0x10;
-
 /// The spans of a page.
 pub(crate) struct Spans {
     /// The granule each begins at, and 0 behind the last one.
     starts: [u8; GRANULES + STARTS_AT_ONCE],
     count: usize,
-    /// The tag of each granule, [`AFTER_GAP`] added where that holds. The last granule's successor
-    /// is granule 0.
+    /// The tag of each granule.
     tags: [u8; GRANULES],
+}
+
+/// The tag of a page that has only one. Most others are told by their first granules.
+#[inline(always)]
+pub(crate) fn uniform(page: &TagPage) -> Option<Tag> {
+    let first = first_granules(page);
+    if first == first.rotate_left(4) {
+        page.uniform()
+    } else {
+        None
+    }
+}
+
+/// The tags of the first 16 granules.
+#[inline(always)]
+pub(crate) fn first_granules(page: &TagPage) -> u64 {
+    u64::from_le_bytes(page.as_packed().as_chunks().0[0])
 }
 
 /// A span: 1 to 256 granules.
@@ -31,15 +44,15 @@ pub(crate) struct Span {
     pub(crate) tag: u8,
     /// How many granules, the closing one counted; 0 stands for 256.
     pub(crate) length: u8,
-    /// [`AFTER_GAP`] if the last granule has tag 0, else 0.
-    pub(crate) gap: u8,
+    /// Is the last granule one of tag 0 behind those of the tag?
+    pub(crate) gap: bool,
 }
 
 impl Span {
     /// `gap` and `length` as one index.
     #[inline(always)]
     pub(crate) fn shape(self) -> usize {
-        usize::from(self.length) | usize::from(self.gap) << 4
+        usize::from(self.length) | usize::from(self.gap) << 8
     }
 }
 
@@ -60,41 +73,45 @@ impl Spans {
 
     /// The spans of `page`.
     pub(crate) fn cut(&mut self, page: &TagPage) {
+        for (pair, byte) in self.tags.as_chunks_mut().0.iter_mut().zip(page.as_packed()) {
+            *pair = [byte & 0xf, byte >> 4];
+        }
         // Before the first granule is one like it, behind the last one is one of another tag.
-        let mut padded = [0xff; GRANULES + 2];
-        for (i, byte) in page.as_packed().iter().enumerate() {
-            padded[2 * i + 1] = byte & 0xf;
-            padded[2 * i + 2] = byte >> 4;
-        }
-        padded[0] = padded[1];
-        let mut lone = [0u8; GRANULES + 1];
-        for i in 0..GRANULES {
-            let [before, own, after] = [padded[i], padded[i + 1], padded[i + 2]];
-            lone[i + 1] = u8::from((own == 0) & (before != 0) & (after != 0));
-        }
-        let mut begins = [0u8; GRANULES];
-        for i in 0..GRANULES {
-            let [before, own] = [padded[i], padded[i + 1]];
-            begins[i] = u8::from(own != before) & !lone[i + 1];
-            self.tags[i] = own | lone[i] << 4;
-        }
-        begins[0] = 1;
-        self.tags[0] |= lone[GRANULES] << 4;
-        self.list(&begins);
-    }
-
-    /// Lists the granules whose byte is 1.
-    fn list(&mut self, begins: &[u8; GRANULES]) {
-        let mut count = 0;
-        for (i, flags) in begins.as_chunks::<8>().0.iter().enumerate() {
-            let bits = u64::from_le_bytes(*flags).wrapping_mul(GATHER) >> 56;
-            let entry = POSITIONS[bits as usize];
-            let starts = (entry & POSITION_BITS) + 8 * i as u64 * EACH_BYTE;
-            self.starts[count..count + STARTS_AT_ONCE].copy_from_slice(&starts.to_le_bytes());
-            count += (entry >> 60) as usize;
+        let words = page
+            .as_packed()
+            .as_chunks()
+            .0
+            .iter()
+            .map(|word| u64::from_le_bytes(*word));
+        let mut after = words.clone().skip(1);
+        let mut before = u64::from(self.tags[0]);
+        let mut count = 1;
+        for (nth, word) in words.enumerate() {
+            let after = after.next().unwrap_or(!word >> 60);
+            let differs = word ^ (word << 4 | before);
+            before = word >> 60;
+            if differs != 0 {
+                let lone =
+                    nonzero(differs) & nonzero(word ^ (word >> 4 | after << 60)) & !nonzero(word);
+                let begins = gather(nonzero(differs) & !lone);
+                count = self.list(count, 16 * nth, begins);
+            }
         }
         self.starts[count] = 0;
         self.count = count;
+    }
+
+    /// Lists spans that begin among the 16 granules from `first` on, behind the `count` that are
+    /// listed. Returns how many there are then.
+    #[inline(always)]
+    fn list(&mut self, mut count: usize, first: usize, begins: u16) -> usize {
+        for (half, begins) in begins.to_le_bytes().into_iter().enumerate() {
+            let entry = POSITIONS[usize::from(begins)];
+            let starts = (entry & POSITION_BITS) + (first + 8 * half) as u64 * EACH_BYTE;
+            self.starts[count..count + STARTS_AT_ONCE].copy_from_slice(&starts.to_le_bytes());
+            count += (entry >> 60) as usize;
+        }
+        count
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -105,23 +122,37 @@ impl Spans {
     #[inline(always)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = Span> {
         let mut start = 0;
-        let mut tag = self.tags[0];
         self.starts[1..=self.count].iter().map(move |&end| {
-            let after = self.tags[usize::from(end)];
-            let span = Span {
-                tag: tag & 0xf,
-                length: end.wrapping_sub(start),
-                gap: after & AFTER_GAP,
-            };
-            (start, tag) = (end, after);
-            span
+            let tag = self.tags[usize::from(start)];
+            let last = self.tags[usize::from(end.wrapping_sub(1))];
+            let length = end.wrapping_sub(start);
+            start = end;
+            Span {
+                tag,
+                length,
+                gap: last != tag,
+            }
         })
     }
 }
 
+/// The highest bit of each nibble that is not zero.
+#[inline(always)]
+fn nonzero(nibbles: u64) -> u64 {
+    const HIGHEST: u64 = 0x8888_8888_8888_8888;
+    (((nibbles & !HIGHEST) + !HIGHEST) | nibbles) & HIGHEST
+}
+
+/// The highest bit of each nibble, side by side.
+#[inline(always)]
+fn gather(nibbles: u64) -> u16 {
+    let bits = nibbles >> 3;
+    let pairs = bits | bits >> 3;
+    let fours = (pairs | pairs >> 6) & 0x000f_000f_000f_000f;
+    (fours.wrapping_mul(0x0001_0010_0100_1000) >> 48) as u16
+}
+
 const EACH_BYTE: u64 = 0x0101_0101_0101_0101;
-/// Times this, a word of bytes that are 0 or 1 has them in its bits 63:56.
-const GATHER: u64 = 0x0102_0408_1020_4080;
 const POSITION_BITS: u64 = 0x0707_0707_0707_0707;
 
 /// The positions of the bits set in a byte, one a byte, the lowest first, and their count in 63:60.

@@ -29,12 +29,19 @@ pub(crate) fn pack(tags: &[u8], nth: usize, page: &mut TagPage) {
     }
 }
 
-/// A stream of spans, and the tags that were read from it, one a byte.
+/// A stream of spans, and room for the tags that are read from it, one a byte.
 pub(crate) struct SpanReader<'a, 'b, const ROOM: usize> {
     tags: &'a mut [u8; ROOM],
-    bits: BitReader<'b>,
-    at: usize,
     end: usize,
+    bytes: &'b [u8],
+}
+
+/// How far a stream was read. Apart from the reader, so that it is held in registers.
+#[derive(Clone, Copy, Default)]
+struct Progress {
+    bits: BitReader,
+    /// The granule that comes next.
+    at: usize,
 }
 
 impl<'a, 'b, const ROOM: usize> SpanReader<'a, 'b, ROOM> {
@@ -42,9 +49,8 @@ impl<'a, 'b, const ROOM: usize> SpanReader<'a, 'b, ROOM> {
     pub(crate) fn new(tags: &'a mut [u8; ROOM], bytes: &'b [u8], pages: usize) -> Self {
         Self {
             tags,
-            bits: BitReader::new(bytes),
-            at: 0,
             end: pages * GRANULES,
+            bytes,
         }
     }
 
@@ -56,95 +62,100 @@ impl<'a, 'b, const ROOM: usize> SpanReader<'a, 'b, ROOM> {
         mut b: Self,
         reading: &Reading,
     ) -> Result<[usize; 2], Error> {
-        'refill: while a.has_room() && b.has_room() {
-            a.bits.refill();
-            b.bits.refill();
+        let (mut at_a, mut at_b) = (Progress::default(), Progress::default());
+        'refill: while a.has_room(at_a) && b.has_room(at_b) {
+            at_a.bits.refill(a.bytes);
+            at_b.bits.refill(b.bytes);
             for _ in 0..STEPS {
-                if !a.short_span(reading) {
-                    a.long_span(reading)?;
+                if !a.short_span(&mut at_a, reading) {
+                    at_a = a.long_span(at_a, reading)?;
                     continue 'refill;
                 }
-                if !b.short_span(reading) {
-                    b.long_span(reading)?;
+                if !b.short_span(&mut at_b, reading) {
+                    at_b = b.long_span(at_b, reading)?;
                     continue 'refill;
                 }
             }
         }
-        Ok([a.read(reading)?, b.read(reading)?])
+        Ok([a.read_on(at_a, reading)?, b.read_on(at_b, reading)?])
     }
 
     /// Reads a stream to its end. Returns how many bytes it took.
-    #[inline(never)]
     pub(crate) fn read(mut self, reading: &Reading) -> Result<usize, Error> {
-        'refill: while self.has_room() {
-            self.bits.refill();
+        self.read_on(Progress::default(), reading)
+    }
+
+    #[inline(never)]
+    fn read_on(&mut self, mut at: Progress, reading: &Reading) -> Result<usize, Error> {
+        'refill: while self.has_room(at) {
+            at.bits.refill(self.bytes);
             for _ in 0..STEPS {
-                if !self.short_span(reading) {
-                    self.long_span(reading)?;
+                if !self.short_span(&mut at, reading) {
+                    at = self.long_span(at, reading)?;
                     continue 'refill;
                 }
             }
         }
-        while self.at < self.end {
-            self.bits.refill();
-            if !self.short_span(reading) {
-                self.long_span(reading)?;
+        while at.at < self.end {
+            at.bits.refill(self.bytes);
+            if !self.short_span(&mut at, reading) {
+                at = self.long_span(at, reading)?;
             }
         }
-        if self.at > self.end {
-            return Err(self.overrun());
+        if at.at > self.end {
+            return Err(self.overrun(at));
         }
-        self.bits.bytes_used().ok_or(Error::Truncated)
+        at.bits.bytes_used(self.bytes).ok_or(Error::Truncated)
     }
 
     /// What is wrong when a span goes beyond the pages: it may have been read from behind the bytes.
     #[cold]
-    fn overrun(&self) -> Error {
-        self.bits
-            .bytes_used()
+    fn overrun(&self, at: Progress) -> Error {
+        at.bits
+            .bytes_used(self.bytes)
             .map_or(Error::Truncated, |_| Error::Overrun)
     }
 
     /// Is there room for as many short spans as are read at once?
     #[inline(always)]
-    fn has_room(&self) -> bool {
-        self.at + MARGIN <= self.end
+    fn has_room(&self, at: Progress) -> bool {
+        at.at + MARGIN <= self.end
     }
 
     /// Reads a span, if it is one without extra bits.
     #[inline(always)]
-    fn short_span(&mut self, reading: &Reading) -> bool {
-        let next = self.bits.peek();
+    fn short_span(&mut self, at: &mut Progress, reading: &Reading) -> bool {
+        let next = at.bits.peek();
         let read = reading.get(next);
         let length = read.length();
         if length == 0 {
             return false;
         }
-        self.bits.skip(read.bits());
+        at.bits.skip(read.bits());
         let tag = next as u8 & 0xf;
-        let to = &mut self.tags[self.at..self.at + AT_ONCE];
+        let to = &mut self.tags[at.at..at.at + AT_ONCE];
         to.fill(tag);
         to[(length - 1) % AT_ONCE] = tag & read.last_mask();
-        self.at += length;
+        at.at += length;
         true
     }
 
     /// Reads a span with extra bits.
     #[inline(always)]
-    fn long_span(&mut self, reading: &Reading) -> Result<(), Error> {
-        self.bits.refill();
-        let next = self.bits.peek();
+    fn long_span(&mut self, mut at: Progress, reading: &Reading) -> Result<Progress, Error> {
+        at.bits.refill(self.bytes);
+        let next = at.bits.peek();
         let read = reading.get(next);
         let tag = next as u8 & 0xf;
         let (length, extra) = read.long(next >> read.bits());
-        self.bits.skip(read.bits() + extra);
-        if length > self.end - self.at {
-            return Err(self.overrun());
+        at.bits.skip(read.bits() + extra);
+        if length > self.end - at.at {
+            return Err(self.overrun(at));
         }
-        let to = &mut self.tags[self.at..][..length];
+        let to = &mut self.tags[at.at..][..length];
         to.fill(tag);
         to[length - 1] = tag & read.last_mask();
-        self.at += length;
-        Ok(())
+        at.at += length;
+        Ok(at)
     }
 }
