@@ -1,28 +1,37 @@
 //! Prefix codes for the shapes of spans.
 //!
-//! A shape (length and gap) is one of 40 symbols, some with extra bits. A [`Lengths`] says how many
+//! A shape (length and end) is one of 60 symbols, some with extra bits. A [`Lengths`] says how many
 //! bits each symbol's code has; from it follow the canonical code, the table that writes with it and
 //! the table that reads it.
 
 use crate::error::Error;
-use crate::span::{GRANULES, SHAPES, Span};
+use crate::span::{ENDS, End, GRANULES, SHAPES, Span};
 
-/// Symbols for spans without a gap, and as many for those with one.
-pub(crate) const HALF: usize = EXACT + CLASSES;
+/// Symbols for the lengths of spans of one [`End`].
+const LENGTHS: usize = EXACT + CLASSES;
 /// How many symbols there are.
-pub(crate) const SYMBOLS: usize = 2 * HALF;
+pub(crate) const SYMBOLS: usize = ENDS * LENGTHS;
 /// Lengths up to this have a symbol of their own.
 const EXACT: usize = 16;
 /// Classes of longer ones: 17 to 32, 33 to 64, 65 to 128, 129 to 256.
 const CLASSES: usize = 4;
 /// The longest code.
-pub(crate) const LONGEST: u32 = 9;
+pub(crate) const LONGEST: u32 = 10;
 /// Bits of a tag.
 const TAG_BITS: u32 = 4;
 /// The most bits that a span without extra bits takes.
 pub(crate) const SHORT_SPAN_BITS: u32 = TAG_BITS + LONGEST;
 /// The most bits that a span takes.
 pub(crate) const SPAN_BITS: u32 = SHORT_SPAN_BITS + extra_bits(CLASSES - 1);
+
+/// Untagged spans do not say that their tag is 0.
+const fn tag_bits(symbol: usize) -> u32 {
+    if symbol / LENGTHS == End::Untagged as usize {
+        0
+    } else {
+        TAG_BITS
+    }
+}
 
 const fn extra_bits(class: usize) -> u32 {
     4 + class as u32
@@ -33,9 +42,9 @@ const fn below(class: usize) -> usize {
     EXACT << class
 }
 
-/// The shortest length of a symbol, and its extra bits. Which half the symbol is in does not matter.
+/// The shortest length of a symbol, and its extra bits. Of which end the symbol is does not matter.
 const fn lengths_of(symbol: usize) -> (usize, u32) {
-    let kind = symbol % HALF;
+    let kind = symbol % LENGTHS;
     if kind < EXACT {
         (kind + 1, 0)
     } else {
@@ -43,9 +52,9 @@ const fn lengths_of(symbol: usize) -> (usize, u32) {
     }
 }
 
-/// The shape of a span of 1 to 256 granules in this symbol's half.
+/// The shape of a span of 1 to 256 granules of this symbol's end.
 const fn shape(symbol: usize, length: usize) -> usize {
-    symbol / HALF * GRANULES + length % GRANULES
+    symbol / LENGTHS * GRANULES + length % GRANULES
 }
 
 /// The symbol of each shape.
@@ -73,7 +82,7 @@ impl Counts {
         self.0[usize::from(SYMBOL_OF[span.shape()])] += 1;
     }
 
-    /// Bits that the spans counted take in a code: tags and extra bits are the same in all codes and
+    /// Bits that the spans counted take in a code. Tags and extra bits are the same in all codes and
     /// do not count.
     pub(crate) fn bits(&self, lengths: &Lengths) -> u32 {
         self.0
@@ -97,7 +106,7 @@ impl Lengths {
         // A seen symbol weighs at least as much as all unseen ones.
         let mut order = [0u32; SYMBOLS];
         for (symbol, (entry, count)) in order.iter_mut().zip(&counts.0).enumerate() {
-            *entry = (count * 32 + 1) << 6 | symbol as u32;
+            *entry = (count * SYMBOLS as u32 + 1) << 6 | symbol as u32;
         }
         order.sort_unstable();
         let mut weights = order.map(|entry| entry >> 6);
@@ -232,8 +241,9 @@ fn shorten(of_length: &mut [u32; SYMBOLS]) {
     }
 }
 
-/// What to write for each shape: bits in 23:0, tag 0 included, and how many in 31:24.
-pub(crate) struct Writing([u32; SHAPES]);
+/// What to write for each shape: code and extra bits in 31:0, how many bits with the tag's in
+/// 39:32, and where among them the tag is put in 47:40.
+pub(crate) struct Writing([u64; SHAPES]);
 
 impl Writing {
     pub(crate) const fn of(lengths: &Lengths) -> Self {
@@ -242,11 +252,14 @@ impl Writing {
         let mut symbol = 0;
         while symbol < SYMBOLS {
             let (shortest, extra_bits) = lengths_of(symbol);
-            let bits = TAG_BITS + lengths.0[symbol] as u32;
-            let code = (codes[symbol] as u32) << TAG_BITS | (bits + extra_bits) << 24;
+            let code_bits = lengths.0[symbol] as u32;
+            let bits = code_bits + tag_bits(symbol);
+            let code = codes[symbol] as u64
+                | ((bits + extra_bits) as u64) << 32
+                | (code_bits as u64) << 40;
             let mut extra = 0;
             while extra < 1 << extra_bits {
-                table[shape(symbol, shortest + extra)] = code | (extra as u32) << bits;
+                table[shape(symbol, shortest + extra)] = code | (extra as u64) << bits;
                 extra += 1;
             }
             symbol += 1;
@@ -258,10 +271,8 @@ impl Writing {
     #[inline(always)]
     pub(crate) fn get(&self, span: Span) -> (u64, u32) {
         let entry = self.0[span.shape()];
-        (
-            u64::from(entry & 0xff_ffff | u32::from(span.tag)),
-            entry >> 24,
-        )
+        let tag = u64::from(span.tag) << (entry >> 40);
+        (u64::from(entry as u32) | tag, (entry >> 32) as u32 & 0xff)
     }
 }
 
@@ -307,27 +318,38 @@ impl Reading {
     /// The span that these bits begin with.
     #[inline(always)]
     pub(crate) fn get(&self, bits: u64) -> Read {
-        Read(self.0[(bits >> TAG_BITS) as usize & ((1 << LONGEST) - 1)])
+        Read(self.0[bits as usize & ((1 << LONGEST) - 1)])
     }
 }
 
 impl Read {
     const fn new(symbol: usize, code_bits: u32) -> Self {
-        let bits = TAG_BITS + code_bits;
-        let (half, kind) = (symbol / HALF, symbol % HALF);
-        let last_mask = if half == 0 { 0xf } else { 0 };
-        let (length, class) = if kind < EXACT {
-            (kind + 1, 0)
+        let bits = code_bits + tag_bits(symbol);
+        let last_mask = if symbol / LENGTHS == End::Gap as usize {
+            0
         } else {
-            (0, kind - EXACT)
+            0xf
         };
-        Self(bits | (length as u32) << 8 | last_mask << 16 | (class as u32) << 24)
+        let tag_mask = (1 << tag_bits(symbol)) - 1;
+        let (length, class) = match lengths_of(symbol) {
+            (length, 0) => (length, 0),
+            (_, extra_bits) => (0, extra_bits - self::extra_bits(0)),
+        };
+        Self(bits | (length as u32) << 8 | last_mask << 16 | tag_mask << 20 | class << 24)
     }
 
-    /// Bits of tag and code.
+    /// Bits of code and tag.
     #[inline(always)]
     pub(crate) fn bits(self) -> u32 {
         self.0 & 0xff
+    }
+
+    /// The tag, given the bits that begin with the code.
+    #[inline(always)]
+    pub(crate) fn tag(self, bits: u64) -> u8 {
+        // Where there is no tag, the mask is 0 whatever the shift is.
+        let behind_code = bits.wrapping_shr(self.bits().wrapping_sub(TAG_BITS));
+        (behind_code as u32 & (self.0 >> 20 & 0xf)) as u8
     }
 
     /// How many granules, or 0 if extra bits say it.
@@ -346,7 +368,7 @@ impl Read {
     /// The last granule's tag is the span's tag and this.
     #[inline(always)]
     pub(crate) fn last_mask(self) -> u8 {
-        (self.0 >> 16) as u8
+        (self.0 >> 16) as u8 & 0xf
     }
 }
 
@@ -359,34 +381,51 @@ pub(crate) struct Code {
 
 /// The codes that need no description.
 pub(crate) static FIXED: [Code; FIXED_CODES] = {
-    let [a, b, c, d] = FIXED_LENGTHS;
-    [Code::of(a), Code::of(b), Code::of(c), Code::of(d)]
+    let [a, b, c, d, e] = FIXED_LENGTHS;
+    [
+        Code::of(a),
+        Code::of(b),
+        Code::of(c),
+        Code::of(d),
+        Code::of(e),
+    ]
 };
 
 /// How many of these there are.
-pub(crate) const FIXED_CODES: usize = 4;
+pub(crate) const FIXED_CODES: usize = 5;
 
-/// The lengths of their codes, first of spans without a gap, then of those with one.
+/// The lengths of their codes, a line for each [`End`].
+#[rustfmt::skip]
 const FIXED_LENGTHS: [Lengths; FIXED_CODES] = [
     // small chunks with headers
     Lengths([
-        6, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 8, 8, 7, 7, 9, 1, 3, 3, 4, 5, 6, 6, 7, 8,
-        9, 9, 9, 9, 9, 9, 7, 7, 7, 7,
+        7, 7, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 7, 7, 7, 7,
+        9, 2, 2, 3, 4, 5, 5, 6, 7, 7, 8, 9, 9, 9, 9, 9, 7, 7, 7, 7,
+        6, 7, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 7, 7, 6, 6,
     ]),
     // larger chunks with headers
     Lengths([
-        6, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 8, 8, 9, 4, 3, 3, 3, 3, 4, 4, 4, 5,
-        5, 5, 5, 6, 6, 6, 7, 8, 8, 8,
+        9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9,
+        9, 4, 3, 3, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 6, 7, 8, 8, 8, 8,
+        7, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9,
     ]),
     // short runs
     Lengths([
-        2, 2, 3, 3, 4, 5, 6, 6, 7, 7, 8, 9, 9, 9, 9, 9, 6, 7, 7, 7, 9, 7, 7, 7, 9, 9, 9, 9, 9, 9,
-        9, 9, 9, 9, 9, 9, 9, 9, 9, 9,
+        2, 2, 3, 4, 5, 5, 6, 6, 7, 7, 8, 9, 9, 9, 9, 9, 8, 8, 8, 8,
+        9, 7, 8, 8, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9,
+        5, 6, 6, 7, 8, 8, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 8, 7, 7, 7,
     ]),
     // long runs
     Lengths([
-        8, 7, 7, 5, 7, 7, 7, 4, 7, 7, 7, 7, 7, 7, 7, 4, 4, 3, 3, 3, 9, 9, 8, 8, 8, 8, 8, 8, 8, 8,
-        8, 8, 8, 8, 8, 8, 4, 4, 4, 4,
+        8, 7, 7, 5, 7, 7, 7, 4, 7, 7, 7, 7, 7, 7, 7, 4, 4, 4, 3, 3,
+        9, 9, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 5, 5, 5, 5,
+        8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 5, 5, 5, 5,
+    ]),
+    // blocks with untagged rests
+    Lengths([
+        4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 7, 7, 7, 8, 8, 8, 7, 8, 9, 9,
+        9, 5, 5, 6, 6, 6, 6, 7, 7, 7, 8, 8, 8, 8, 9, 9, 8, 9, 9, 9,
+        4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 7, 7, 7, 8, 8, 8, 7, 8, 9, 9,
     ]),
 ];
 

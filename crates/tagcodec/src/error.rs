@@ -17,7 +17,7 @@ pub enum Error {
     Truncated,
     /// A first byte that no form has. A later version of the format may have given it a meaning.
     Reserved(u8),
-    /// The description of a prefix code is not one of a complete code with codes of at most 9 bits.
+    /// The description of a prefix code is not one of a complete code with codes of at most 10 bits.
     Code,
     /// The kinds of a group's pages contradict each other: the first is said to be like the one
     /// before, a page behind the last has a kind, or a stream has more pages than it may.

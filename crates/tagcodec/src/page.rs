@@ -18,7 +18,7 @@ const LAST_SPANS: u8 = SPANS + FIXED_CODES as u8 - 1;
 const PERIODIC: u8 = 0x18;
 const LAST_PERIODIC: u8 = PERIODIC + PACKED.ilog2() as u8 - 1;
 
-/// Pages with more spans do not become smaller.
+/// Pages with more spans hardly become smaller.
 pub(crate) const MOST_SPANS: usize = 8 * PACKED / 5;
 
 /// The most bytes that [`encode_page`] makes of a page: one above raw.

@@ -43,21 +43,34 @@ pub(crate) struct Span {
     /// The tag, in bits 3:0.
     pub(crate) tag: u8,
     /// How many granules, the closing one counted; 0 stands for 256.
-    pub(crate) length: u8,
-    /// Is the last granule one of tag 0 behind those of the tag?
-    pub(crate) gap: bool,
+    length: u8,
+    end: End,
 }
 
+/// How a span ends, and whether it has a tag.
+#[derive(Clone, Copy)]
+pub(crate) enum End {
+    /// With a granule of its tag.
+    Tagged,
+    /// With a granule of tag 0 that is alone.
+    Gap,
+    /// Its tag is 0.
+    Untagged,
+}
+
+/// How many there are of these.
+pub(crate) const ENDS: usize = 3;
+
 impl Span {
-    /// `gap` and `length` as one index.
+    /// `end` and `length` as one index.
     #[inline(always)]
     pub(crate) fn shape(self) -> usize {
-        usize::from(self.length) | usize::from(self.gap) << 8
+        usize::from(self.length) | (self.end as usize) << 8
     }
 }
 
 /// How many shapes there are.
-pub(crate) const SHAPES: usize = 512;
+pub(crate) const SHAPES: usize = ENDS * GRANULES;
 
 const STARTS_AT_ONCE: usize = 8;
 
@@ -127,11 +140,12 @@ impl Spans {
             let last = self.tags[usize::from(end.wrapping_sub(1))];
             let length = end.wrapping_sub(start);
             start = end;
-            Span {
-                tag,
-                length,
-                gap: last != tag,
-            }
+            let end = match tag {
+                0 => End::Untagged,
+                _ if last == tag => End::Tagged,
+                _ => End::Gap,
+            };
+            Span { tag, length, end }
         })
     }
 }

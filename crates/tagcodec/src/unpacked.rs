@@ -132,7 +132,7 @@ impl<'a, 'b, const ROOM: usize> SpanReader<'a, 'b, ROOM> {
             return false;
         }
         at.bits.skip(read.bits());
-        let tag = next as u8 & 0xf;
+        let tag = read.tag(next);
         let to = &mut self.tags[at.at..at.at + AT_ONCE];
         to.fill(tag);
         to[(length - 1) % AT_ONCE] = tag & read.last_mask();
@@ -146,7 +146,7 @@ impl<'a, 'b, const ROOM: usize> SpanReader<'a, 'b, ROOM> {
         at.bits.refill(self.bytes);
         let next = at.bits.peek();
         let read = reading.get(next);
-        let tag = next as u8 & 0xf;
+        let tag = read.tag(next);
         let (length, extra) = read.long(next >> read.bits());
         at.bits.skip(read.bits() + extra);
         if length > self.end - at.at {
