@@ -223,7 +223,9 @@ fn an_incomplete_code_is_refused() {
 
 #[test]
 fn a_code_longer_than_ten_bits_is_refused() {
-    let bytes = [[0x20].as_slice(), &[0x11, 0xb0], &[0; 118]].concat();
+    // Of 1, 2, 3, … 10 bits, and of 11.
+    let lengths = [0x21, 0x43, 0x65, 0x87, 0xa9, 0x0b];
+    let bytes = [[0x20].as_slice(), &lengths, &[0; 124]].concat();
 
     assert_eq!(decode_batch(&bytes, &mut [TagPage::ZERO]), Err(Error::Code));
 }
