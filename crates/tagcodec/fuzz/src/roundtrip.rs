@@ -1,5 +1,5 @@
 //! Any pages, made by instructions: raw bytes alone would hardly ever have runs. They come back from
-//! both forms, in the bytes promised, and no shorter input gives the same.
+//! both forms, in the bytes promised; a batch that is cut off is refused.
 
 #![no_main]
 
