@@ -3,7 +3,7 @@
 use mte::{Tag, TagPage};
 
 use crate::bits::BitWriter;
-use crate::code::{Code, Counts, FIXED, FIXED_CODES, Lengths, Reading, SYMBOLS, Writing};
+use crate::code::{Code, Counts, FIXED, FIXED_CODES, Lengths, PAGES_COUNTED, Reading, Writing};
 use crate::error::Error;
 use crate::page::{
     MAX_PAGE_LEN, MOST_SPANS, RAW, SPANS_MARGIN, decode_page, encode_page, put_spans,
@@ -27,8 +27,9 @@ const OTHER_PLANE: u8 = 0x10;
 const CODE: u8 = 0x07;
 const OWN_CODE: u8 = 0;
 
-/// How many pages are looked at to choose a code.
+/// How many pages at least are looked at to choose a code, if there are so many.
 const SAMPLED: usize = 8;
+const _: () = assert!(2 * SAMPLED <= PAGES_COUNTED);
 
 /// The most bytes that [`encode_batch`] makes of this many pages: one a page above raw.
 #[must_use]
@@ -183,7 +184,7 @@ impl Encoder {
             return Choice::Fixed(0);
         }
         let step = (in_spans.count_ones() as usize / SAMPLED).max(1);
-        let mut counts = Counts([0; SYMBOLS]);
+        let mut counts = Counts::new();
         for i in indices(in_spans).step_by(step) {
             self.spans.cut(&pages[i]);
             if self.spans.count() <= MOST_SPANS {
@@ -191,7 +192,7 @@ impl Encoder {
             }
         }
         let own = Lengths::of(&counts);
-        let description = 8 * Lengths::BYTES as u32 / step as u32;
+        let description = 8 * Lengths::BYTES as u16 / step as u16;
         let (fixed, bits) = Code::best_fixed(&counts);
         if bits <= counts.bits(&own) + description {
             Choice::Fixed(fixed)

@@ -4,7 +4,7 @@ use mte::{Tag, TagPage};
 
 use crate::batch::take;
 use crate::bits::{BITS_AT_ONCE, BitWriter, WRITE_MARGIN};
-use crate::code::{Code, Counts, FIXED, FIXED_CODES, SPAN_BITS, SYMBOLS, Writing};
+use crate::code::{Code, Counts, FIXED, FIXED_CODES, SPAN_BITS, Writing};
 use crate::error::Error;
 use crate::span::{PACKED, Spans, uniform};
 use crate::unpacked::{SpanReader, pack, room};
@@ -44,7 +44,7 @@ pub fn encode_page(page: &TagPage, out: &mut [u8; MAX_PAGE_LEN]) -> usize {
 }
 
 fn in_spans(spans: &Spans, out: &mut [u8; MAX_PAGE_LEN]) -> Option<usize> {
-    let mut counts = Counts([0; SYMBOLS]);
+    let mut counts = Counts::new();
     spans.iter().for_each(|span| counts.add(span));
     let (code, _) = Code::best_fixed(&counts);
     let mut stream = [0; PACKED + SPANS_MARGIN];
