@@ -137,6 +137,19 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
+    /// A saved register does not fit this host.
+    #[error("register {id}: {why}; the guest cannot go on here with the CPU it had")]
+    ForeignRegister {
+        /// The register.
+        id: RegisterId,
+        /// What does not fit.
+        why: String,
+    },
+    /// A saved interrupt controller does not fit this one.
+    #[error(
+        "the saved interrupt controller has other registers than the one of this machine: other interrupts, CPUs or priorities"
+    )]
+    ForeignGic,
     /// The dirty log could not be read.
     #[error("memslot {slot}: cannot read the dirty log: {source}")]
     DirtyLog {

@@ -42,6 +42,7 @@ pub mod kvm;
 mod memslot;
 pub mod model;
 mod register;
+mod state;
 mod tags;
 
 pub use capabilities::{Capabilities, MteSupport};
@@ -50,6 +51,7 @@ pub use exit::{Exit, SystemEvent};
 pub use interrupt::{GicLayout, Ppi, Spi};
 pub use memslot::Memslot;
 pub use register::{RegisterId, RegisterList};
+pub use state::{GicRegister, GicState, PendingSError, PowerState, RegisterValue, VcpuState};
 pub use tags::{TagCopyError, TagCopyResult};
 
 /// A hypervisor on this machine.
@@ -124,6 +126,18 @@ pub trait Vm: Send + Sync + 'static {
     /// [`Error::Gic`] if the host has no GICv3 to give or refuses the layout.
     fn create_gic(&self, layout: &GicLayout) -> Result<()>;
 
+    /// The interrupt controller's state, while no vCPU runs.
+    ///
+    /// # Errors
+    /// [`Error::Gic`] if there is none, or the host does not tell.
+    fn gic_state(&self) -> Result<GicState>;
+
+    /// Gives an interrupt controller that was just made, with the same layout, this state. No vCPU has run.
+    ///
+    /// # Errors
+    /// [`Error::ForeignGic`] if it is another kind's; [`Error::Gic`] if the host refuses.
+    fn restore_gic(&self, state: &GicState) -> Result<()>;
+
     /// Drives the line of a shared peripheral interrupt. The guest decides whether its level or its rising edge counts.
     ///
     /// # Errors
@@ -195,8 +209,7 @@ pub trait Vcpu: Send {
     /// [`Error::Vcpu`] if the vCPU was made without a PMU.
     fn init_pmu(&self, interrupt: Ppi) -> Result<()>;
 
-    /// Every register that the host names as state of this vCPU. Whether it runs at all (PSCI), and
-    /// exceptions waiting to be taken, are state besides.
+    /// Every register that the host names as state of this vCPU. [`VcpuState`] has what is state besides.
     ///
     /// # Errors
     /// [`Error::Register`] if the host refuses.
@@ -213,6 +226,30 @@ pub trait Vcpu: Send {
     /// # Errors
     /// [`Error::Register`] if the vCPU has no such register, or refuses the value.
     fn set_register(&self, id: RegisterId, value: &[u8]) -> Result<()>;
+
+    /// Whether the vCPU runs at all (PSCI).
+    ///
+    /// # Errors
+    /// [`Error::Vcpu`] if the host refuses.
+    fn power_state(&self) -> Result<PowerState>;
+
+    /// Lets the vCPU run, or wait for another to turn it on.
+    ///
+    /// # Errors
+    /// [`Error::Vcpu`] if the host refuses.
+    fn set_power_state(&self, state: PowerState) -> Result<()>;
+
+    /// The SError that waits to be taken.
+    ///
+    /// # Errors
+    /// [`Error::Vcpu`] if the host refuses.
+    fn pending_serror(&self) -> Result<PendingSError>;
+
+    /// Makes an SError wait to be taken, or none.
+    ///
+    /// # Errors
+    /// [`Error::Vcpu`] if the host refuses.
+    fn set_pending_serror(&self, serror: PendingSError) -> Result<()>;
 
     /// Reads a 64-bit register.
     ///

@@ -6,11 +6,13 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// The registers of a vCPU, in the order in which the host names them.
 pub type RegisterList = Vec<RegisterId>;
 
 /// The name of one register.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct RegisterId(u64);
 
 const ARM64: u64 = 0x6000_0000_0000_0000;

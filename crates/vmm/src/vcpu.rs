@@ -282,6 +282,18 @@ mod tests {
         fn init_pmu(&self, _: Ppi) -> engine::Result<()> {
             Ok(())
         }
+        fn power_state(&self) -> engine::Result<engine::PowerState> {
+            Ok(engine::PowerState::On)
+        }
+        fn set_power_state(&self, _: engine::PowerState) -> engine::Result<()> {
+            Ok(())
+        }
+        fn pending_serror(&self) -> engine::Result<engine::PendingSError> {
+            Ok(engine::PendingSError::default())
+        }
+        fn set_pending_serror(&self, _: engine::PendingSError) -> engine::Result<()> {
+            Ok(())
+        }
         fn registers(&self) -> engine::Result<RegisterList> {
             Ok(Vec::new())
         }

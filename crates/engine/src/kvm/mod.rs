@@ -4,6 +4,7 @@
 //! [`KvmVcpu`] are the traits of this crate on KVM's VM and vCPU files. [`mte`](self::mte) has the
 //! calls that kvm-ioctls lacks.
 
+mod gic;
 mod interrupter;
 pub mod mte;
 mod probe;

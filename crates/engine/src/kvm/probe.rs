@@ -41,7 +41,7 @@ pub fn capabilities(kvm: &Kvm) -> Result<Capabilities> {
             && kvm.check_extension(Cap::ArmPtrAuthGeneric),
         pmu: kvm.check_extension(Cap::ArmPmuV3),
         aarch32_el1: kvm.check_extension(Cap::ArmEl132bit),
-        gic_v3: super::vm::has_gic_v3(kvm)?,
+        gic_v3: super::gic::has_gic_v3(kvm)?,
     })
 }
 

@@ -6,13 +6,17 @@ use kvm_bindings::{
     KVM_ARM_VCPU_EL1_32BIT, KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_PMU_V3_CTRL,
     KVM_ARM_VCPU_PMU_V3_INIT, KVM_ARM_VCPU_PMU_V3_IRQ, KVM_ARM_VCPU_POWER_OFF,
     KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS, KVM_ARM_VCPU_PTRAUTH_GENERIC,
-    KVM_ARM_VCPU_SVE, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, RegList, kvm_device_attr,
-    kvm_vcpu_init,
+    KVM_ARM_VCPU_SVE, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_STOPPED, KVM_MP_STATE_SUSPENDED,
+    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, RegList, kvm_device_attr, kvm_mp_state,
+    kvm_vcpu_events, kvm_vcpu_init,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
 use super::KvmInterrupter;
-use crate::{Error, Exit, Ppi, RegisterId, RegisterList, Result, SystemEvent, Vcpu, VcpuFeatures};
+use crate::{
+    Error, Exit, PendingSError, PowerState, Ppi, RegisterId, RegisterList, Result, SystemEvent,
+    Vcpu, VcpuFeatures,
+};
 
 /// More registers than any vCPU has; as many as the crate's list can hold.
 const MAX_REGISTERS: usize = 500;
@@ -188,6 +192,54 @@ impl Vcpu for KvmVcpu {
             .map_err(vcpu_error(self.index, "connecting the PMU's interrupt"))?;
         self.set_pmu_attribute(KVM_ARM_VCPU_PMU_V3_INIT, None)
             .map_err(vcpu_error(self.index, "starting the PMU"))
+    }
+
+    fn power_state(&self) -> Result<PowerState> {
+        let state = self
+            .fd
+            .get_mp_state()
+            .map_err(vcpu_error(self.index, "asking whether it runs"))?;
+        Ok(match state.mp_state {
+            KVM_MP_STATE_STOPPED => PowerState::Off,
+            KVM_MP_STATE_SUSPENDED => PowerState::Suspended,
+            _ => PowerState::On,
+        })
+    }
+
+    fn set_power_state(&self, state: PowerState) -> Result<()> {
+        let mp_state = match state {
+            PowerState::On => KVM_MP_STATE_RUNNABLE,
+            PowerState::Off => KVM_MP_STATE_STOPPED,
+            PowerState::Suspended => KVM_MP_STATE_SUSPENDED,
+        };
+        self.fd
+            .set_mp_state(kvm_mp_state { mp_state })
+            .map_err(vcpu_error(self.index, "saying whether it runs"))
+    }
+
+    fn pending_serror(&self) -> Result<PendingSError> {
+        let exception = self
+            .fd
+            .get_vcpu_events()
+            .map_err(vcpu_error(self.index, "asking for its pending SError"))?
+            .exception;
+        Ok(PendingSError {
+            pending: exception.serror_pending != 0,
+            syndrome: (exception.serror_has_esr != 0).then_some(exception.serror_esr),
+        })
+    }
+
+    fn set_pending_serror(&self, serror: PendingSError) -> Result<()> {
+        let mut events = kvm_vcpu_events::default();
+        events.exception.serror_pending = serror.pending.into();
+        // The syndrome is one of the SError that is pending: without one it is refused.
+        if let Some(syndrome) = serror.syndrome.filter(|_| serror.pending) {
+            events.exception.serror_has_esr = 1;
+            events.exception.serror_esr = syndrome;
+        }
+        self.fd
+            .set_vcpu_events(&events)
+            .map_err(vcpu_error(self.index, "giving it a pending SError"))
     }
 
     fn registers(&self) -> Result<RegisterList> {

@@ -6,19 +6,17 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kvm_bindings::{
-    KVM_ARM_IRQ_TYPE_SHIFT, KVM_ARM_IRQ_TYPE_SPI, KVM_DEV_ARM_VGIC_CTRL_INIT,
-    KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS,
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_VGIC_V3_ADDR_TYPE_DIST,
-    KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION, kvm_create_device, kvm_device_attr,
-    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_userspace_memory_region,
+    KVM_ARM_IRQ_TYPE_SHIFT, KVM_ARM_IRQ_TYPE_SPI, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+    kvm_userspace_memory_region,
 };
-use kvm_ioctls::{DeviceFd, Kvm, VmFd};
+use kvm_ioctls::{Kvm, VmFd};
 
+use super::gic::KvmGic;
 use super::mte::{self, CopyTags};
 use super::{KvmVcpu, host_error, host_page_size};
 use crate::{
-    Error, GicLayout, Memslot, Result, Spi, TagCopyError, TagCopyResult, VcpuFeatures, Vm,
-    VmBuilder,
+    Error, GicLayout, GicState, Memslot, Result, Spi, TagCopyError, TagCopyResult, VcpuFeatures,
+    Vm, VmBuilder,
 };
 
 /// A KVM VM without vCPUs.
@@ -65,7 +63,7 @@ pub struct KvmVm {
     mte: bool,
     /// Bytes of each memslot: KVM writes a dirty log as long as the slot, whatever buffer it is given.
     slot_sizes: Mutex<BTreeMap<u32, u64>>,
-    gic: OnceLock<DeviceFd>,
+    gic: OnceLock<KvmGic>,
 }
 
 impl KvmVm {
@@ -73,6 +71,13 @@ impl KvmVm {
         self.slot_sizes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn gic(&self) -> Result<&KvmGic> {
+        self.gic.get().ok_or_else(|| Error::Gic {
+            step: "looking for it",
+            source: io::ErrorKind::NotFound.into(),
+        })
     }
 
     fn copy_tags(&self, ipa: u64, length: u64, tags: CopyTags<'_>) -> TagCopyResult {
@@ -163,11 +168,19 @@ impl Vm for KvmVm {
     }
 
     fn create_gic(&self, layout: &GicLayout) -> Result<()> {
-        let gic = create_gic(&self.vm, layout)?;
+        let gic = KvmGic::new(&self.vm, layout)?;
         self.gic.set(gic).map_err(|_| Error::Gic {
             step: "creating a second one",
             source: io::ErrorKind::AlreadyExists.into(),
         })
+    }
+
+    fn gic_state(&self) -> Result<GicState> {
+        self.gic()?.state()
+    }
+
+    fn restore_gic(&self, state: &GicState) -> Result<()> {
+        self.gic()?.restore(state)
     }
 
     fn set_spi(&self, spi: Spi, high: bool) -> Result<()> {
@@ -212,75 +225,4 @@ fn is_whole_pages(memslot: &Memslot) -> bool {
         && memslot.size.is_multiple_of(page)
         && memslot.ipa.is_multiple_of(page)
         && (memslot.host_address.as_ptr() as u64).is_multiple_of(page)
-}
-
-/// Whether KVM has a GICv3 for guests here: it has not where the host's own is a GICv2.
-///
-/// One is made in a scratch VM. Asking with `KVM_CREATE_DEVICE_TEST` would do, but kvm-ioctls takes
-/// the descriptor that this flag does not return for an open file.
-pub fn has_gic_v3(kvm: &Kvm) -> Result<bool> {
-    let vm = kvm.create_vm().map_err(host_error("creating a VM"))?;
-    Ok(create_gic_device(&vm).is_ok())
-}
-
-fn create_gic_device(vm: &VmFd) -> Result<DeviceFd, kvm_ioctls::Error> {
-    vm.create_device(&mut kvm_create_device {
-        type_: kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
-        fd: 0,
-        flags: 0,
-    })
-}
-
-fn create_gic(vm: &VmFd, layout: &GicLayout) -> Result<DeviceFd> {
-    let gic = create_gic_device(vm).map_err(gic_error("creating a GICv3"))?;
-    // Interrupts come in blocks of 32, the first of which is the vCPUs' own.
-    let interrupts: u32 = (32 + layout.spis).next_multiple_of(32);
-    set_attribute(&gic, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &interrupts)
-        .map_err(gic_error("setting the number of interrupts"))?;
-    set_attribute(
-        &gic,
-        KVM_DEV_ARM_VGIC_GRP_ADDR,
-        KVM_VGIC_V3_ADDR_TYPE_DIST,
-        &layout.distributor,
-    )
-    .map_err(gic_error("placing the distributor"))?;
-    // One region for all vCPUs: count in bits 63:52, address in 51:16, flags and index zero
-    // (Documentation/virt/kvm/devices/arm-vgic-v3.rst).
-    let redistributors = u64::from(layout.vcpus) << 52 | layout.redistributors;
-    set_attribute(
-        &gic,
-        KVM_DEV_ARM_VGIC_GRP_ADDR,
-        KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION,
-        &redistributors,
-    )
-    .map_err(gic_error("placing the redistributors"))?;
-    set_attribute(
-        &gic,
-        KVM_DEV_ARM_VGIC_GRP_CTRL,
-        KVM_DEV_ARM_VGIC_CTRL_INIT,
-        &0u64,
-    )
-    .map_err(gic_error("initialising it"))?;
-    Ok(gic)
-}
-
-fn set_attribute<T>(
-    device: &DeviceFd,
-    group: u32,
-    attribute: u32,
-    value: &T,
-) -> Result<(), kvm_ioctls::Error> {
-    device.set_device_attr(&kvm_device_attr {
-        flags: 0,
-        group,
-        attr: attribute.into(),
-        addr: std::ptr::from_ref(value) as u64,
-    })
-}
-
-fn gic_error(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
-    move |e| Error::Gic {
-        step,
-        source: e.into(),
-    }
 }

@@ -5,7 +5,7 @@
 //! when the VMM runs the vCPU. Such a program should keep what it has to remember in registers and
 //! memory of the guest, as a real one must: then it survives snapshots and migration.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
@@ -16,8 +16,8 @@ use super::host::{Found, Touch};
 use super::registers::{Registers, id_of};
 use super::vm::{Miss, VmState};
 use crate::{
-    Error, Exit, Interrupter, Ppi, RegisterId, RegisterList, Result, SystemEvent, Vcpu,
-    VcpuFeatures,
+    Error, Exit, Interrupter, PendingSError, PowerState, Ppi, RegisterId, RegisterList, Result,
+    SystemEvent, Vcpu, VcpuFeatures,
 };
 
 /// A guest's program.
@@ -112,7 +112,8 @@ pub struct ModelVcpu {
     index: u32,
     registers: RefCell<Registers>,
     interrupter: ModelInterrupter,
-    powered_off: bool,
+    power: Cell<PowerState>,
+    serror: Cell<PendingSError>,
     /// Data of the device access that the VMM was asked for, and where they go if it was a read.
     mmio: [u8; 8],
     reading: Option<(RegisterId, usize)>,
@@ -126,7 +127,11 @@ impl ModelVcpu {
             index,
             registers,
             interrupter: ModelInterrupter::default(),
-            powered_off: features.powered_off,
+            power: Cell::new(match features.powered_off {
+                true => PowerState::Off,
+                false => PowerState::On,
+            }),
+            serror: Cell::default(),
             mmio: [0; 8],
             reading: None,
         }
@@ -285,9 +290,9 @@ impl Vcpu for ModelVcpu {
             if self.interrupter.take() {
                 return Ok(Exit::Interrupted);
             }
-            let step = match self.powered_off {
-                true => Step::Wait,
-                false => guest.step(self)?,
+            let step = match self.power.get() {
+                PowerState::On => guest.step(self)?,
+                PowerState::Off | PowerState::Suspended => Step::Wait,
             };
             match step {
                 Step::Continue => (),
@@ -318,6 +323,24 @@ impl Vcpu for ModelVcpu {
             step: "starting the PMU",
             source: io::ErrorKind::Unsupported.into(),
         })
+    }
+
+    fn power_state(&self) -> Result<PowerState> {
+        Ok(self.power.get())
+    }
+
+    fn set_power_state(&self, state: PowerState) -> Result<()> {
+        self.power.set(state);
+        Ok(())
+    }
+
+    fn pending_serror(&self) -> Result<PendingSError> {
+        Ok(self.serror.get())
+    }
+
+    fn set_pending_serror(&self, serror: PendingSError) -> Result<()> {
+        self.serror.set(serror);
+        Ok(())
     }
 
     fn registers(&self) -> Result<RegisterList> {

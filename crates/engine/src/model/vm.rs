@@ -11,8 +11,8 @@ use super::host::{Found, HostFault, Touch};
 use super::memslots::{Slot, Slots, pages_of};
 use super::{Guest, ModelHost, ModelVcpu};
 use crate::{
-    Error, GicLayout, Memslot, Result, Spi, TagCopyError, TagCopyResult, VcpuFeatures, Vm,
-    VmBuilder,
+    Error, GicLayout, GicRegister, GicState, Memslot, Result, Spi, TagCopyError, TagCopyResult,
+    VcpuFeatures, Vm, VmBuilder,
 };
 
 /// A VM of the model without vCPUs.
@@ -66,6 +66,24 @@ pub(super) struct VmState {
 struct Gic {
     spis: u32,
     high: BTreeSet<Spi>,
+}
+
+impl Gic {
+    /// Blocks of 32 shared interrupts.
+    fn blocks(&self) -> std::ops::Range<u32> {
+        0..self.spis.div_ceil(32)
+    }
+
+    fn register(block: u32) -> GicRegister {
+        GicRegister::Lines(0, 32 * (block + 1))
+    }
+}
+
+fn no_gic() -> Error {
+    Error::Gic {
+        step: "looking for it",
+        source: io::ErrorKind::NotFound.into(),
+    }
 }
 
 /// Why an access of a guest did not reach memory.
@@ -343,6 +361,40 @@ impl Vm for ModelVm {
             spis: layout.spis,
             high: BTreeSet::new(),
         });
+        Ok(())
+    }
+
+    fn gic_state(&self) -> Result<GicState> {
+        let gic = self.0.gic.lock().unwrap_or_else(PoisonError::into_inner);
+        let gic = gic.as_ref().ok_or_else(no_gic)?;
+        let lines = |block: u32| {
+            let number = |bit| Spi::new(32 * block + bit);
+            let bits =
+                (0..32).filter(|bit| number(*bit).is_some_and(|spi| gic.high.contains(&spi)));
+            bits.fold(0, |lines, bit| lines | 1 << bit)
+        };
+        let registers = gic
+            .blocks()
+            .map(|block| (Gic::register(block), lines(block)));
+        Ok(GicState {
+            registers: registers.collect(),
+        })
+    }
+
+    fn restore_gic(&self, state: &GicState) -> Result<()> {
+        let mut gic = self.0.gic.lock().unwrap_or_else(PoisonError::into_inner);
+        let gic = gic.as_mut().ok_or_else(no_gic)?;
+        let names = state.registers.iter().map(|(register, _)| *register);
+        if !names.eq(gic.blocks().map(Gic::register)) {
+            return Err(Error::ForeignGic);
+        }
+        gic.high = (0..gic.spis)
+            .filter(|number| {
+                let (_, lines) = state.registers[(number / 32) as usize];
+                lines >> (number % 32) & 1 != 0
+            })
+            .filter_map(Spi::new)
+            .collect();
         Ok(())
     }
 

@@ -104,6 +104,12 @@ impl Vm for ScriptedVm {
         self.0.reach(Moment::Building);
         Ok(())
     }
+    fn gic_state(&self) -> engine::Result<engine::GicState> {
+        Ok(engine::GicState::default())
+    }
+    fn restore_gic(&self, _: &engine::GicState) -> engine::Result<()> {
+        Ok(())
+    }
     fn set_spi(&self, _: Spi, _: bool) -> engine::Result<()> {
         Ok(())
     }
@@ -140,6 +146,18 @@ impl Vcpu for ScriptedVcpu {
         NoInterrupter
     }
     fn init_pmu(&self, _: Ppi) -> engine::Result<()> {
+        Ok(())
+    }
+    fn power_state(&self) -> engine::Result<engine::PowerState> {
+        Ok(engine::PowerState::On)
+    }
+    fn set_power_state(&self, _: engine::PowerState) -> engine::Result<()> {
+        Ok(())
+    }
+    fn pending_serror(&self) -> engine::Result<engine::PendingSError> {
+        Ok(engine::PendingSError::default())
+    }
+    fn set_pending_serror(&self, _: engine::PendingSError) -> engine::Result<()> {
         Ok(())
     }
     fn registers(&self) -> engine::Result<RegisterList> {
