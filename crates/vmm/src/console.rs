@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::devices::serial::{Output, SerialPort};
+use crate::devices::serial::{Output, SerialPort, SerialPortState, TooMuchInput};
 use crate::terminal::{Command, Escape, HELP, RawMode};
 
 /// How much of what a user types a guest that does not read may leave behind. The rest is dropped, so
@@ -71,6 +71,9 @@ pub enum Error {
     /// The file is a pipe without a reader.
     #[error("console file {0}: nobody reads this pipe; start its reader first")]
     NoReader(PathBuf),
+    /// A saved port cannot be taken up.
+    #[error(transparent)]
+    State(#[from] TooMuchInput),
     /// The terminal, a descriptor or a thread cannot be had.
     #[error("console: {step}: {source}")]
     Host {
@@ -132,15 +135,16 @@ impl Console {
         })
     }
 
-    /// A serial port on this console, which interrupts by `interrupt`; the user's commands go to `command`.
+    /// A serial port in `state` on this console, which interrupts by `interrupt`; the user's commands go to `command`.
     /// From the first port on, a terminal is in raw mode.
     ///
     /// # Errors
-    /// The terminal, a thread or a descriptor cannot be had.
+    /// The terminal, a thread or a descriptor cannot be had, or the state is none of a port.
     pub fn connect<T: Trigger + Send + 'static>(
         &mut self,
         interrupt: T,
         command: impl Fn(Command) + Send + 'static,
+        state: &SerialPortState,
     ) -> Result<(Arc<SerialPort<T>>, Connection), Error> {
         if let Some(file) = self.old_content.take()
             && let Err(e) = file.set_len(0)
@@ -154,7 +158,12 @@ impl Console {
         }
         let room = event().map_err(host("creating an event"))?;
         let signal = room.try_clone().map_err(host("duplicating an event"))?;
-        let port = Arc::new(SerialPort::new(interrupt, &self.output, signal));
+        let port = Arc::new(SerialPort::with_state(
+            interrupt,
+            &self.output,
+            signal,
+            state,
+        )?);
         let input = self
             .keyboard
             .as_ref()
@@ -431,7 +440,9 @@ mod tests {
 
         let mut console = Console::open(&ConsoleConfig::File(log.path().into())).unwrap();
         let opened = std::fs::read_to_string(log.path()).unwrap();
-        let _port = console.connect(NoInterrupt, |_| {}).unwrap();
+        let _port = console
+            .connect(NoInterrupt, |_| {}, &SerialPortState::default())
+            .unwrap();
         let connected = std::fs::read_to_string(log.path()).unwrap();
 
         assert_eq!((opened.as_str(), connected.as_str()), ("old", ""));
@@ -512,7 +523,9 @@ mod tests {
         let mut console = Console::open(&ConsoleConfig::File(path.clone())).unwrap();
 
         for text in [b"first", b"again"] {
-            let (port, _input) = console.connect(NoInterrupt, |_| {}).unwrap();
+            let (port, _input) = console
+                .connect(NoInterrupt, |_| {}, &SerialPortState::default())
+                .unwrap();
             text.iter().for_each(|byte| port.write(0, &[*byte]));
         }
         drop(console);

@@ -6,16 +6,22 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 
-use engine::{Hypervisor, SystemEvent, Vcpu, Vm, VmBuilder};
+use engine::{GicState, Hypervisor, SystemEvent, Vcpu, VcpuState, Vm, VmBuilder};
 use mte::{MteFeatures, MteLevel};
+use serde::{Deserialize, Serialize};
 
+use crate::bus::Bus;
 use crate::config::{MachineConfig, MemorySize};
 use crate::console::{Connection, Console};
+use crate::devices::rtc::{ClockState, RealTimeClock};
+use crate::devices::serial::SerialPortState;
 use crate::memory::GuestMemory;
+use crate::memory::tags::{TagStore, tag_store};
 use crate::terminal::Command;
 use crate::vcpu::{VcpuEvent, VcpuThreads};
-use crate::virtio::mmio::MmioTransport;
+use crate::virtio::mmio::{MmioTransport, TransportState};
 use crate::{boot, console, memory, virtio};
+use assembly::{MachinePort, Start};
 
 /// Why a machine could not be built, or could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +107,14 @@ pub enum Error {
     /// Another virtio device.
     #[error(transparent)]
     Virtio(#[from] virtio::Error),
+    /// A saved machine has other parts than the one that is to go on with it.
+    #[error("the saved machine has {} CPUs and {} virtio devices, this one {} and {}: start it with the configuration it was saved with", .saved.0, .saved.1, .here.0, .here.1)]
+    OtherMachine {
+        /// vCPUs and virtio devices of the one saved.
+        saved: (usize, usize),
+        /// And of this one.
+        here: (usize, usize),
+    },
     /// A vCPU's thread panicked.
     #[error(
         "a vCPU's thread panicked; what it said before is a defect of Tagvisor's, please report it"
@@ -123,6 +137,21 @@ fn level_number(level: MteLevel) -> u8 {
         MteLevel::Mte2 => 2,
         MteLevel::Mte3 => 3,
     }
+}
+
+/// A machine but for its memory, between two instructions of its guest: for a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineState {
+    /// The vCPUs, in order.
+    pub vcpus: Vec<VcpuState>,
+    /// The interrupt controller.
+    pub gic: GicState,
+    /// The virtio devices, in the order of their places.
+    pub virtio: Vec<TransportState>,
+    /// The serial port.
+    pub serial: SerialPortState,
+    /// The real-time clock.
+    pub clock: ClockState,
 }
 
 /// How a machine ended.
@@ -159,12 +188,17 @@ impl StopHandle {
 pub struct Machine<H: Hypervisor> {
     /// `None` only while the machine is taken down.
     vcpus: Option<VcpuThreads<VcpuOf<H>>>,
+    bus: Arc<Bus>,
+    serial: Arc<MachinePort<VmOf<H>>>,
+    clock: Arc<RealTimeClock>,
     virtio: Vec<Arc<MmioTransport>>,
+    /// The devices wait, as the vCPUs do.
+    paused: bool,
     events: Receiver<Event>,
     sender: Sender<Event>,
     mte: Option<MteFeatures>,
     vm: Arc<VmOf<H>>,
-    memory: GuestMemory,
+    memory: Arc<GuestMemory>,
     _console: Connection,
 }
 
@@ -185,6 +219,29 @@ where
         config: &MachineConfig,
         console: &mut Console,
     ) -> Result<Self, Error> {
+        Self::build(hypervisor, config, Start::Boot, console)
+    }
+
+    /// Builds a machine that goes on where the one of `state` stood, with the configuration of that one.
+    /// It has its memory yet to be given, and stands still until [`Machine::run`].
+    ///
+    /// # Errors
+    /// See [`Error`]. Nothing is left behind.
+    pub fn restored(
+        hypervisor: &H,
+        config: &MachineConfig,
+        state: &MachineState,
+        console: &mut Console,
+    ) -> Result<Self, Error> {
+        Self::build(hypervisor, config, Start::Restored(state), console)
+    }
+
+    fn build(
+        hypervisor: &H,
+        config: &MachineConfig,
+        start: Start<'_>,
+        console: &mut Console,
+    ) -> Result<Self, Error> {
         let (sender, events) = mpsc::channel();
         let handle = StopHandle(sender.clone());
         let on_command = move |command| {
@@ -192,23 +249,20 @@ where
                 handle.stop();
             }
         };
-        let parts = assembly::assemble(hypervisor, config, console, on_command)?;
-        let report = sender.clone();
-        let vcpus = VcpuThreads::start(parts.vcpus, &parts.bus, move |event| {
-            let _ = report.send(Event::Vcpu(event));
-        })
-        .map_err(|source| Error::Host {
-            step: "starting the vCPU threads",
-            source,
-        })?;
+        let parts = assembly::assemble(hypervisor, config, start, console, on_command)?;
+        let vcpus = start_threads(parts.vcpus, &parts.bus, &sender)?;
         Ok(Self {
             vcpus: Some(vcpus),
+            bus: parts.bus,
+            serial: parts.serial,
+            clock: parts.clock,
+            paused: matches!(start, Start::Restored(_)),
             virtio: parts.virtio,
             events,
             sender,
             mte: parts.mte,
             vm: parts.vm,
-            memory: parts.memory,
+            memory: Arc::new(parts.memory),
             _console: parts.console,
         })
     }
@@ -224,17 +278,57 @@ where
     }
 
     /// The guest's RAM.
-    pub fn memory(&self) -> &GuestMemory {
+    pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
     }
 
-    /// Runs the guest to the machine's end; not at all if it was asked to end before.
+    /// The tags of the guest's RAM, if it has any.
+    pub fn tags(&self) -> Option<Box<dyn TagStore>> {
+        self.mte?;
+        Some(tag_store(self.memory.clone(), self.vm.clone()))
+    }
+
+    /// Stops vCPUs and devices, with nothing begun and not completed, and returns their state. [`Machine::run`] lets them
+    /// go on.
     ///
     /// # Errors
-    /// A vCPU cannot run on.
+    /// The host does not tell a state, or a vCPU's thread is gone.
+    pub fn save(&mut self) -> Result<MachineState, Error> {
+        let Some(threads) = self.vcpus.take() else {
+            return Err(Error::VcpuPanicked);
+        };
+        let wanted = threads.len();
+        let vcpus = threads.stop();
+        if vcpus.len() != wanted {
+            return Err(Error::VcpuPanicked);
+        }
+        for device in &self.virtio {
+            device.pause();
+        }
+        self.paused = true;
+        let virtio: Result<_, _> = self.virtio.iter().map(|device| device.state()).collect();
+        let state = MachineState {
+            vcpus: vcpus.iter().map(VcpuState::of).collect::<Result<_, _>>()?,
+            gic: self.vm.gic_state()?,
+            virtio: virtio?,
+            serial: self.serial.state(),
+            clock: self.clock.state(),
+        };
+        self.vcpus = Some(start_threads(vcpus, &self.bus, &self.sender)?);
+        Ok(state)
+    }
+
+    /// Runs the guest to the machine's end, or until it is asked to end; not at all if it was before. Once
+    /// asked, it can be run again.
+    ///
+    /// # Errors
+    /// A vCPU or a device cannot go on.
     pub fn run(&mut self) -> Result<Ending, Error> {
         if let Ok(Event::Stop) = self.events.try_recv() {
             return Ok(Ending::Asked);
+        }
+        if std::mem::take(&mut self.paused) {
+            self.virtio.iter().try_for_each(|device| device.resume())?;
         }
         if let Some(vcpus) = &self.vcpus {
             vcpus.resume();
@@ -248,6 +342,21 @@ where
             Ok(Event::Stop) | Err(_) => Ok(Ending::Asked),
         }
     }
+}
+
+fn start_threads<V: Vcpu + 'static>(
+    vcpus: Vec<V>,
+    bus: &Arc<Bus>,
+    sender: &Sender<Event>,
+) -> Result<VcpuThreads<V>, Error> {
+    let report = sender.clone();
+    let report = move |event| {
+        let _ = report.send(Event::Vcpu(event));
+    };
+    VcpuThreads::start(vcpus, bus, report).map_err(|source| Error::Host {
+        step: "starting the vCPU threads",
+        source,
+    })
 }
 
 impl<H: Hypervisor> Drop for Machine<H> {

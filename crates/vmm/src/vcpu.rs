@@ -142,6 +142,16 @@ impl<V: Vcpu + 'static> VcpuThreads<V> {
         Ok(started)
     }
 
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.threads.is_empty()
+    }
+
     /// Lets the vCPUs run.
     pub fn resume(&self) {
         self.gate.set(RunState::Running);

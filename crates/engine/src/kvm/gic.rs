@@ -96,8 +96,9 @@ impl KvmGic {
             .map(|index| index & 0xf | (index >> 4 & 0xff) << 8 | (index >> 12 & 0xff) << 16)
     }
 
-    /// All registers but those of the vCPUs' interfaces, in an order in which they can be written: what an interrupt is
-    /// goes before whether it is pending.
+    /// All registers but those of the vCPUs' interfaces, in an order in which they can be written. What an interrupt is goes
+    /// before whether it is pending, and the distributor's being on goes before everything: a line that goes high while it is
+    /// off is remembered as high, but never delivered, for it does not go high again.
     fn registers(&self) -> impl Iterator<Item = GicRegister> {
         let private = self.affinities().flat_map(|affinity| {
             REDISTRIBUTOR
@@ -115,6 +116,8 @@ impl KvmGic {
                 .step_by(4)
                 .map(GicRegister::Distributor)
         };
+        const CONTROL: u32 = 0x0;
+        const STATUS: u32 = 0x10;
         const GROUP: u32 = 0x80;
         const ENABLED: u32 = 0x100;
         const PENDING: u32 = 0x200;
@@ -122,8 +125,10 @@ impl KvmGic {
         const PRIORITY: u32 = 0x400;
         const CONFIGURATION: u32 = 0xc00;
         const ROUTE: u32 = 0x6000;
-        private
-            .chain([0x0, 0x10].map(GicRegister::Distributor))
+        [CONTROL, STATUS]
+            .map(GicRegister::Distributor)
+            .into_iter()
+            .chain(private)
             .chain(block(GROUP, 1))
             .chain(block(CONFIGURATION, 2))
             .chain(block(PRIORITY, 8))

@@ -2,10 +2,26 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::Rtc;
-use vm_superio::rtc_pl031::NoEvents;
+use vm_superio::rtc_pl031::{NoEvents, RtcState};
 
 use crate::bus::MmioDevice;
+
+/// The clock in a snapshot: how far the guest set it from the host's time, and its registers. So it has gone on when the
+/// guest does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockState(#[serde(with = "RtcStateFields")] RtcState);
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "RtcState")]
+struct RtcStateFields {
+    lr: u32,
+    offset: i64,
+    mr: u32,
+    imsc: u32,
+    ris: u32,
+}
 
 /// A PL031 that tells the host's time.
 pub struct RealTimeClock(Mutex<Rtc<NoEvents>>);
@@ -14,6 +30,16 @@ impl RealTimeClock {
     /// A clock that tells the host's time until the guest sets it.
     pub fn new() -> Self {
         Self(Mutex::new(Rtc::new()))
+    }
+
+    /// What a snapshot must hold of the clock.
+    pub fn state(&self) -> ClockState {
+        ClockState(self.lock().state())
+    }
+
+    /// Goes on from a snapshot.
+    pub fn restore(&self, state: &ClockState) {
+        *self.lock() = Rtc::from_state(&state.0, NoEvents);
     }
 
     fn lock(&self) -> MutexGuard<'_, Rtc<NoEvents>> {

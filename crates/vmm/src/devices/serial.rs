@@ -11,7 +11,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use vm_superio::serial::SerialEvents;
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -23,6 +24,30 @@ const OUTPUT_CAPACITY: usize = 1 << 20;
 const PATIENCE: Duration = Duration::from_millis(500);
 /// How long the program's end waits for a reader: the last lines say why a guest died.
 const LAST_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The registers of the port, and input that the guest has yet to read, in a snapshot. The default is a port after reset.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialPortState(#[serde(with = "SerialStateFields")] SerialState);
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "SerialState")]
+struct SerialStateFields {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
+}
+
+/// A saved port holds more input than a port can.
+#[derive(Debug, thiserror::Error)]
+#[error("the saved serial port holds more input than one has room for")]
+pub struct TooMuchInput;
 
 /// The serial port.
 pub struct SerialPort<T: Trigger> {
@@ -40,6 +65,29 @@ impl<T: Trigger> SerialPort<T> {
                 output.buffer.clone(),
             )),
         }
+    }
+
+    /// A port that goes on from `state`, otherwise like [`SerialPort::new`].
+    ///
+    /// # Errors
+    /// The state is none of such a port.
+    pub fn with_state(
+        interrupt: T,
+        output: &Output,
+        room: EventFd,
+        state: &SerialPortState,
+    ) -> Result<Self, TooMuchInput> {
+        let (room, output) = (RoomForInput(room), output.buffer.clone());
+        let serial =
+            Serial::from_state(&state.0, interrupt, room, output).map_err(|_| TooMuchInput)?;
+        Ok(Self {
+            serial: Mutex::new(serial),
+        })
+    }
+
+    /// What a snapshot must hold of the port.
+    pub fn state(&self) -> SerialPortState {
+        SerialPortState(self.lock().state())
     }
 
     fn lock(&self) -> MutexGuard<'_, Serial<T, RoomForInput, OutputBuffer>> {

@@ -11,12 +11,13 @@ use mte::MteFeatures;
 use vm_memory::{Bytes, GuestAddress};
 use vm_superio::Trigger;
 
-use super::{Error, VcpuOf, VmOf};
+use super::{Error, MachineState, VcpuOf, VmOf};
 use crate::boot::{self, Loaded};
 use crate::bus::{Bus, MmioDevice};
 use crate::config::{DiskConfig, MachineConfig, MemorySize, MteConfig, NetConfig};
 use crate::console::{Connection, Console};
 use crate::devices::rtc::RealTimeClock;
+use crate::devices::serial::{SerialPort, SerialPortState};
 use crate::fdt;
 use crate::layout::{self, DEVICE_SIZE};
 use crate::memory::{GuestMemory, MemoryPlan};
@@ -32,6 +33,8 @@ use crate::virtio::{IrqLine, VirtioDevice};
 pub(super) struct Parts<H: Hypervisor> {
     pub vcpus: Vec<VcpuOf<H>>,
     pub bus: Arc<Bus>,
+    pub serial: Arc<MachinePort<VmOf<H>>>,
+    pub clock: Arc<RealTimeClock>,
     pub virtio: Vec<Arc<MmioTransport>>,
     pub mte: Option<MteFeatures>,
     pub vm: Arc<VmOf<H>>,
@@ -39,10 +42,20 @@ pub(super) struct Parts<H: Hypervisor> {
     pub console: Connection,
 }
 
+/// Where a machine begins.
+#[derive(Clone, Copy)]
+pub(super) enum Start<'a> {
+    /// At the first instruction of what the configuration names.
+    Boot,
+    /// Where another machine stood, whose memory is still to come.
+    Restored(&'a MachineState),
+}
+
 /// Builds all parts of a machine, its serial port on `console`; the user's commands there go to `on_command`.
 pub(super) fn assemble<H: Hypervisor>(
     hypervisor: &H,
     config: &MachineConfig,
+    start: Start<'_>,
     console: &mut Console,
     on_command: impl Fn(Command) + Send + 'static,
 ) -> Result<Parts<H>, Error> {
@@ -52,7 +65,10 @@ pub(super) fn assemble<H: Hypervisor>(
     check_memory(host, config.memory)?;
     let plan = MemoryPlan::choose(host, mte.is_some(), config.tag_access, config.huge_pages)?;
     let memory = GuestMemory::new(config.memory.0, plan)?;
-    let loaded = load(&memory, config)?;
+    let loaded = match start {
+        Start::Boot => Some(load(&memory, config)?),
+        Start::Restored(_) => None,
+    };
 
     let mut builder = hypervisor.new_vm(layout::ipa_bits(memory.size()))?;
     if mte.is_some() {
@@ -79,34 +95,71 @@ pub(super) fn assemble<H: Hypervisor>(
 
     let mut bus = Bus::default();
     let virtio = add_virtio(&mut bus, virtio_devices(config)?, &vm, &memory)?;
-    let console = add_serial_port(&mut bus, &vm, console, on_command)?;
-    bus.add(layout::RTC, DEVICE_SIZE, Arc::new(RealTimeClock::new()));
-
-    let description = fdt::Description {
-        ram_size: memory.size(),
-        cmdline: &config.cmdline,
-        initrd: loaded.initrd,
-        affinities: &affinities(&vcpus)?,
-        gic,
-        pmu: features.pmu,
-        virtio_devices: virtio.len() as u32,
-        seed: random_seed().map_err(|source| Error::Host {
-            step: "reading /dev/urandom",
-            source,
-        })?,
+    let serial_state = match start {
+        Start::Boot => &SerialPortState::default(),
+        Start::Restored(state) => &state.serial,
     };
-    write_device_tree(&memory, &loaded, &description)?;
-    check_page_size(&vcpus, &loaded)?;
-    enter(&vcpus, &loaded)?;
+    let (serial, console) = add_serial_port(&mut bus, &vm, console, on_command, serial_state)?;
+    let clock = Arc::new(RealTimeClock::new());
+    bus.add(layout::RTC, DEVICE_SIZE, clock.clone());
+
+    if let Some(loaded) = &loaded {
+        let description = fdt::Description {
+            ram_size: memory.size(),
+            cmdline: &config.cmdline,
+            initrd: loaded.initrd,
+            affinities: &affinities(&vcpus)?,
+            gic,
+            pmu: features.pmu,
+            virtio_devices: virtio.len() as u32,
+            seed: random_seed().map_err(|source| Error::Host {
+                step: "reading /dev/urandom",
+                source,
+            })?,
+        };
+        write_device_tree(&memory, loaded, &description)?;
+        check_page_size(&vcpus, loaded)?;
+        enter(&vcpus, loaded)?;
+    }
+    if let Start::Restored(state) = start {
+        restore(state, &*vm, &vcpus, &virtio)?;
+        clock.restore(&state.clock);
+    }
     Ok(Parts {
         vcpus,
         bus: Arc::new(bus),
+        serial,
+        clock,
         virtio,
         mte,
         vm,
         memory,
         console,
     })
+}
+
+/// Gives a machine that was built the same way the state of another. Its virtio devices stay paused.
+fn restore<V: Vm>(
+    state: &MachineState,
+    vm: &V,
+    vcpus: &[V::Vcpu],
+    virtio: &[Arc<MmioTransport>],
+) -> Result<(), Error> {
+    if (state.vcpus.len(), state.virtio.len()) != (vcpus.len(), virtio.len()) {
+        return Err(Error::OtherMachine {
+            saved: (state.vcpus.len(), state.virtio.len()),
+            here: (vcpus.len(), virtio.len()),
+        });
+    }
+    for (transport, state) in virtio.iter().zip(&state.virtio) {
+        transport.restore(state)?;
+    }
+    for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
+        state.apply(vcpu)?;
+    }
+    // Last: the lines that the devices drove just now were high before, and are not edges.
+    vm.restore_gic(&state.gic)?;
+    Ok(())
 }
 
 fn guest_mte(host: &Capabilities, wanted: MteConfig) -> Result<Option<MteFeatures>, Error> {
@@ -282,22 +335,26 @@ fn add_serial_port<V: Vm>(
     vm: &Arc<V>,
     console: &mut Console,
     on_command: impl Fn(Command) + Send + 'static,
-) -> Result<Connection, Error> {
+    state: &SerialPortState,
+) -> Result<(Arc<MachinePort<V>>, Connection), Error> {
     let line = SpiLine {
         vm: vm.clone(),
         spi: spi(layout::SERIAL_SPI),
     };
-    let (port, connection) = console.connect(line, on_command)?;
-    bus.add(layout::SERIAL, DEVICE_SIZE, port);
-    Ok(connection)
+    let (port, connection) = console.connect(line, on_command, state)?;
+    bus.add(layout::SERIAL, DEVICE_SIZE, port.clone());
+    Ok((port, connection))
 }
 
 fn spi(number: u32) -> Spi {
     Spi::new(number).expect("the layout's interrupts are below the GIC's limit")
 }
 
+/// The serial port of a machine in a VM.
+pub(super) type MachinePort<V> = SerialPort<SpiLine<V>>;
+
 /// An interrupt line into the VM.
-struct SpiLine<V> {
+pub(super) struct SpiLine<V> {
     vm: Arc<V>,
     spi: Spi,
 }
