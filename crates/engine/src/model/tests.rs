@@ -4,12 +4,14 @@ use std::ptr::NonNull;
 
 use super::*;
 use crate::{
-    Exit, Interrupter, Memslot, RegisterId, TagCopyError, Vcpu, VcpuFeatures, Vm, VmBuilder,
+    Error, Exit, GicLayout, Interrupter, Memslot, PowerState, RegisterId, Spi, TagCopyError, Vcpu,
+    VcpuFeatures, VcpuState, Vm, VmBuilder,
 };
 use mte::Tag;
 
 const IPA: u64 = 0x8000_0000;
 const PAGE: usize = PAGE_SIZE as usize;
+const GCR_EL1: RegisterId = RegisterId::system(3, 0, 1, 0, 6);
 const TAG: Tag = Tag::from_low_bits(7);
 
 fn slot(host_address: NonNull<u8>, pages: usize) -> Memslot {
@@ -230,4 +232,78 @@ fn mappings_beyond_a_file_or_outside_of_the_models_addresses_are_refused() {
 
     assert!(beyond.is_err());
     assert!(outside.is_err());
+}
+
+#[test]
+fn a_vcpu_goes_on_with_the_state_of_another() {
+    let hypervisor = ModelHypervisor::new(HostRules::linux(6, 12));
+    let (saved, taken) = (vm_with_mte(&hypervisor), vm_with_mte(&hypervisor));
+    let off = VcpuFeatures {
+        powered_off: true,
+        ..VcpuFeatures::default()
+    };
+    let first = saved.create_vcpu(0, off).unwrap();
+    let second = taken.create_vcpu(0, VcpuFeatures::default()).unwrap();
+    first.set_register_u64(GCR_EL1, 0x1_fffe).unwrap();
+    first.set_register_u64(RegisterId::PC, IPA).unwrap();
+
+    let state = VcpuState::of(&first).unwrap();
+    state.apply(&second).unwrap();
+
+    assert_eq!(VcpuState::of(&second).unwrap(), state);
+    assert_eq!(second.register_u64(GCR_EL1).unwrap(), 0x1_fffe);
+    assert_eq!(second.power_state().unwrap(), PowerState::Off);
+}
+
+#[test]
+fn a_vcpu_without_mte_does_not_take_the_state_of_one_with_it_nor_the_other_way_round() {
+    let hypervisor = ModelHypervisor::new(HostRules::linux(6, 12));
+    let with = vm_with_mte(&hypervisor);
+    let without = hypervisor.new_vm(40).unwrap().build().unwrap();
+    let with = with.create_vcpu(0, VcpuFeatures::default()).unwrap();
+    let without = without.create_vcpu(0, VcpuFeatures::default()).unwrap();
+
+    for (from, to) in [(&with, &without), (&without, &with)] {
+        let error = VcpuState::of(from).unwrap().apply(to).unwrap_err();
+        assert!(matches!(error, Error::ForeignRegister { .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_value_of_another_length_than_its_register_is_refused() {
+    let hypervisor = ModelHypervisor::new(HostRules::linux(6, 12));
+    let vm = vm_with_mte(&hypervisor);
+    let vcpu = vm.create_vcpu(0, VcpuFeatures::default()).unwrap();
+    let mut state = VcpuState::of(&vcpu).unwrap();
+    state.registers[0].value.push(0);
+
+    let error = state.apply(&vcpu).unwrap_err();
+
+    assert!(matches!(error, Error::ForeignRegister { .. }), "{error}");
+}
+
+#[test]
+fn interrupt_lines_are_restored_and_those_of_another_machine_are_refused() {
+    let hypervisor = ModelHypervisor::new(HostRules::linux(6, 12));
+    let [saved, taken, smaller] = [64, 64, 32].map(|spis| {
+        let vm = vm_with_mte(&hypervisor);
+        let layout = GicLayout {
+            distributor: 0,
+            redistributors: 0x1_0000,
+            vcpus: 1,
+            spis,
+        };
+        vm.create_gic(&layout).unwrap();
+        vm
+    });
+    saved.set_spi(Spi::new(40).unwrap(), true).unwrap();
+
+    let state = saved.gic_state().unwrap();
+    taken.restore_gic(&state).unwrap();
+
+    assert_eq!(taken.gic_state().unwrap(), state);
+    assert!(matches!(
+        smaller.restore_gic(&state),
+        Err(Error::ForeignGic)
+    ));
 }
