@@ -1,0 +1,64 @@
+//! Checks: XXH3-64 of what must not change unnoticed.
+//!
+//! XXH3 because it keeps up with memory, 64 bits because what it guards against is damage: nobody
+//! needs an accident to get past one chunk in 2^64. It proves nothing about who wrote a stream;
+//! that is for the connection (TLS) or for who may write the file.
+
+use twox_hash::XxHash3_64;
+
+use crate::wire::PAGE_SIZE;
+
+/// Whether a check is right. A fuzzer, which would not get past it, finds all of them right.
+pub(crate) const fn matches(found: u64, expected: u64) -> bool {
+    found == expected || cfg!(fuzzing)
+}
+
+/// Of bytes, for one stream: the same bytes have another check in another stream.
+pub(crate) fn seeded(seed: u64, bytes: &[u8]) -> u64 {
+    XxHash3_64::oneshot_with_seed(seed, bytes)
+}
+
+/// Of a chunk without pages.
+pub(crate) fn of_content(seed: u64, meta: &[u8], data: &[u8]) -> u64 {
+    let parts = [meta, data].map(|part| XxHash3_64::oneshot(part).to_le_bytes());
+    seeded(seed, parts.as_flattened())
+}
+
+/// Goes on with a check over checks.
+pub(crate) fn chained(before: u64, next: u64) -> u64 {
+    seeded(before, &next.to_le_bytes())
+}
+
+/// The check of a chunk's pages, as they will be in the guest.
+pub(crate) struct PagesCheck {
+    seed: u64,
+    of_zero_page: u64,
+    /// Number, check of the data, check of the tags, for each page.
+    records: Vec<u8>,
+}
+
+impl PagesCheck {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self {
+            seed,
+            of_zero_page: XxHash3_64::oneshot(&[0; PAGE_SIZE]),
+            records: Vec::new(),
+        }
+    }
+
+    pub(crate) fn begin(&mut self) {
+        self.records.clear();
+    }
+
+    /// Adds a page. Data of `None` are zeros; tags of a stream without are empty.
+    pub(crate) fn add(&mut self, number: u64, data: Option<&[u8; PAGE_SIZE]>, tags: &[u8]) {
+        let data = data.map_or(self.of_zero_page, |data| XxHash3_64::oneshot(data));
+        for field in [number, data, XxHash3_64::oneshot(tags)] {
+            self.records.extend_from_slice(&field.to_le_bytes());
+        }
+    }
+
+    pub(crate) fn end(&self) -> u64 {
+        seeded(self.seed, &self.records)
+    }
+}
