@@ -289,7 +289,7 @@ where
     }
 
     /// Stops vCPUs and devices, with nothing begun and not completed, and returns their state. [`Machine::run`] lets them
-    /// go on.
+    /// go on, after an error too unless a thread is gone.
     ///
     /// # Errors
     /// The host does not tell a state, or a vCPU's thread is gone.
@@ -306,16 +306,21 @@ where
             device.pause();
         }
         self.paused = true;
+        let state = self.state(&vcpus);
+        self.vcpus = Some(start_threads(vcpus, &self.bus, &self.sender)?);
+        state
+    }
+
+    /// The state of the machine, whose vCPUs and devices stand still.
+    fn state(&self, vcpus: &[VcpuOf<H>]) -> Result<MachineState, Error> {
         let virtio: Result<_, _> = self.virtio.iter().map(|device| device.state()).collect();
-        let state = MachineState {
+        Ok(MachineState {
             vcpus: vcpus.iter().map(VcpuState::of).collect::<Result<_, _>>()?,
             gic: self.vm.gic_state()?,
             virtio: virtio?,
             serial: self.serial.state(),
             clock: self.clock.state(),
-        };
-        self.vcpus = Some(start_threads(vcpus, &self.bus, &self.sender)?);
-        Ok(state)
+        })
     }
 
     /// Runs the guest to the machine's end, or until it is asked to end; not at all if it was before. Once
