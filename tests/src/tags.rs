@@ -3,12 +3,12 @@
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
+use engine::Hypervisor;
 use engine::kvm::KvmHypervisor;
-use engine::{Hypervisor, Vm, VmBuilder};
 use libtest_mimic::{Failed, Trial};
 use mte::{Tag, TagPage};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
-use vmm::layout::{self, PAGE_SIZE, RAM_START};
+use vmm::layout::{PAGE_SIZE, RAM_START};
 use vmm::memory::tags::{AliasTags, CopiedTags, TagStore};
 use vmm::memory::{GuestMemory, MemoryPlan, TagAccess};
 
@@ -51,11 +51,8 @@ impl Guest {
         let plan = MemoryPlan::choose(hypervisor.capabilities(), true, TagAccess::Auto, false)?;
         let size = PAGES as u64 * PAGE_SIZE;
         let memory = Arc::new(GuestMemory::new(size, plan)?);
-        let mut builder = hypervisor.new_vm(layout::ipa_bits(size))?;
-        builder.enable_mte()?;
-        let vm = Arc::new(builder.build()?);
-        // SAFETY: the mapping is guest memory alone, and lives as long as the way that holds the VM.
-        unsafe { vm.set_memslot(&memory.memslot()) }?;
+        // SAFETY: the VM never has a vCPU.
+        let vm = Arc::new(unsafe { memory.new_vm(&hypervisor, true) }?);
         let mut ways: Vec<Box<dyn TagStore>> = vec![Box::new(CopiedTags::new(memory.clone(), vm))];
         if let Some(alias) = AliasTags::new(memory.clone()) {
             ways.push(Box::new(alias));

@@ -10,10 +10,10 @@ mod bench {
     use std::sync::{Arc, Barrier};
     use std::time::{Duration, Instant};
 
+    use engine::Hypervisor;
     use engine::kvm::KvmHypervisor;
-    use engine::{Hypervisor, Vm, VmBuilder};
     use mte::{Tag, TagPage};
-    use vmm::layout::{self, PAGE_SIZE, RAM_START};
+    use vmm::layout::{PAGE_SIZE, RAM_START};
     use vmm::memory::tags::{AliasTags, CopiedTags, TagStore};
     use vmm::memory::{GuestMemory, MemoryPlan, TagAccess};
 
@@ -37,11 +37,8 @@ mod bench {
                 MemoryPlan::choose(hypervisor.capabilities(), true, TagAccess::Alias, false)?;
             let size = pages as u64 * PAGE_SIZE;
             let memory = Arc::new(GuestMemory::new(size, plan)?);
-            let mut builder = hypervisor.new_vm(layout::ipa_bits(size))?;
-            builder.enable_mte()?;
-            let vm = Arc::new(builder.build()?);
-            // SAFETY: the mapping is guest memory alone, and lives as long as `ioctl`, which holds the VM too.
-            unsafe { vm.set_memslot(&memory.memslot()) }?;
+            // SAFETY: the VM never has a vCPU.
+            let vm = Arc::new(unsafe { memory.new_vm(&hypervisor, true) }?);
             let alias =
                 AliasTags::new(memory.clone()).ok_or("this host's programs have no tags")?;
             Ok(Self {

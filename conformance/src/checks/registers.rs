@@ -6,7 +6,6 @@ use std::thread;
 use engine::Vcpu;
 use mte::{SWITCHED_REGISTERS, SystemRegister};
 
-use super::visibility::id_of;
 use super::{Guest, vm_with_mte};
 use crate::{GuestCpu, GuestFault, Testbed, Verdict};
 
@@ -48,9 +47,9 @@ pub fn each_register_is_saved_and_restored<T: Testbed>(testbed: &T) -> Verdict {
     write(&mut destination.cpu, &OTHERS)?;
 
     for register in SWITCHED_REGISTERS {
-        let saved = source.cpu.vcpu()?.register_u64(id_of(register))?;
+        let saved = source.cpu.vcpu()?.register_u64(register.into())?;
         let vcpu = destination.cpu.vcpu()?;
-        vcpu.set_register_u64(id_of(register), saved)?;
+        vcpu.set_register_u64(register.into(), saved)?;
     }
 
     assert_holds(&mut destination.cpu, &VALUES)?;

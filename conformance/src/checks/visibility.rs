@@ -6,18 +6,6 @@ use mte::{MteFeatures, MteLevel, SWITCHED_REGISTERS, SystemRegister, Tag};
 use super::{Guest, IPA, TAG, give, mte_support, slot_of, vm_without_mte};
 use crate::{Backing, GRANULES, GuestCpu, GuestFault, Stop, Testbed, Verdict};
 
-/// The name in the engine of a register of MTE.
-pub fn id_of(register: SystemRegister) -> RegisterId {
-    let SystemRegister {
-        op0,
-        op1,
-        crn,
-        crm,
-        op2,
-    } = register;
-    RegisterId::system(op0, op1, crn, crm, op2)
-}
-
 pub fn with_mte_the_guest_sees_the_level_that_the_host_announced<T: Testbed>(
     testbed: &T,
 ) -> Verdict {
@@ -52,7 +40,7 @@ pub fn with_mte_the_four_registers_are_listed_and_the_guest_has_them<T: Testbed>
     let listed = guest.cpu.vcpu()?.registers()?;
 
     for register in SWITCHED_REGISTERS {
-        assert!(listed.contains(&id_of(register)), "{register:?}");
+        assert!(listed.contains(&register.into()), "{register:?}");
         guest.cpu.mrs(register)?;
     }
     Ok(())
@@ -66,9 +54,9 @@ pub fn without_mte_the_four_registers_do_not_exist<T: Testbed>(testbed: &T) -> V
     let listed = vcpu.registers()?;
 
     for register in SWITCHED_REGISTERS {
-        assert!(!listed.contains(&id_of(register)), "{register:?}");
-        assert_not_found(vcpu.register_u64(id_of(register)).map(drop));
-        assert_not_found(vcpu.set_register_u64(id_of(register), 0));
+        assert!(!listed.contains(&register.into()), "{register:?}");
+        assert_not_found(vcpu.register_u64(register.into()).map(drop));
+        assert_not_found(vcpu.set_register_u64(register.into(), 0));
     }
     Ok(())
 }

@@ -6,6 +6,7 @@
 
 use std::fmt;
 
+use mte::SystemRegister;
 use serde::{Deserialize, Serialize};
 
 /// The registers of a vCPU, in the order in which the host names them.
@@ -93,6 +94,19 @@ impl RegisterId {
             (self.0 >> 3 & 15) as u8,
             (self.0 & 7) as u8,
         ))
+    }
+}
+
+impl From<SystemRegister> for RegisterId {
+    fn from(register: SystemRegister) -> Self {
+        let SystemRegister {
+            op0,
+            op1,
+            crn,
+            crm,
+            op2,
+        } = register;
+        Self::system(op0, op1, crn, crm, op2)
     }
 }
 

@@ -19,13 +19,13 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use engine::{Capabilities, Memslot};
+use engine::{Capabilities, Hypervisor, Memslot, Vm, VmBuilder};
 use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
-use crate::layout::{PAGE_SIZE, RAM_START};
+use crate::layout::{self, PAGE_SIZE, RAM_START};
 use populated::Populated;
 
 /// Guest memory as the devices see it: the data mapping, never tag-checked, with the bitmap of
@@ -272,6 +272,28 @@ impl GuestMemory {
             log_dirty: false,
             read_only: false,
         }
+    }
+
+    /// A new VM on `hypervisor`, with MTE or without, whose RAM this is. It has no vCPU yet.
+    ///
+    /// # Safety
+    /// A vCPU of the VM must not run once this value is gone, unless the memslot was deleted before.
+    ///
+    /// # Errors
+    /// The hypervisor refuses the VM, MTE or the memory.
+    pub unsafe fn new_vm<H: Hypervisor>(
+        &self,
+        hypervisor: &H,
+        mte: bool,
+    ) -> engine::Result<<H::VmBuilder as VmBuilder>::Vm> {
+        let mut builder = hypervisor.new_vm(layout::ipa_bits(self.size))?;
+        if mte {
+            builder.enable_mte()?;
+        }
+        let vm = builder.build()?;
+        // SAFETY: the mapping is `size` bytes that hold guest RAM alone; the caller vouches for its life.
+        unsafe { vm.set_memslot(&self.memslot()) }?;
+        Ok(vm)
     }
 
     /// The tag mapping, where there is one.

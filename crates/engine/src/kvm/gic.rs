@@ -53,35 +53,20 @@ impl KvmGic {
 
     /// Its state, while no vCPU runs.
     pub fn state(&self) -> Result<GicState> {
-        let mut registers = Vec::new();
-        for register in self.registers() {
-            registers.push((register, self.read(register)?));
-        }
-        for affinity in self.affinities() {
-            for register in
-                interface_registers(affinity, priority_bits(self.interface_control(affinity)?))
-            {
-                registers.push((register, self.read(register)?));
-            }
-        }
-        Ok(GicState { registers })
+        let read = |register| Ok((register, self.read(register)?));
+        Ok(GicState {
+            registers: self
+                .registers()?
+                .into_iter()
+                .map(read)
+                .collect::<Result<_>>()?,
+        })
     }
 
     /// Gives a GIC that was just made this state.
     pub fn restore(&self, state: &GicState) -> Result<()> {
-        let mut expected: Vec<_> = self.registers().collect();
-        for affinity in self.affinities() {
-            expected.extend(interface_registers(
-                affinity,
-                priority_bits(self.interface_control(affinity)?),
-            ));
-        }
-        if !state
-            .registers
-            .iter()
-            .map(|(register, _)| *register)
-            .eq(expected)
-        {
+        let names = state.registers.iter().map(|(register, _)| *register);
+        if !names.eq(self.registers()?) {
             return Err(Error::ForeignGic);
         }
         state
@@ -96,26 +81,20 @@ impl KvmGic {
             .map(|index| index & 0xf | (index >> 4 & 0xff) << 8 | (index >> 12 & 0xff) << 16)
     }
 
-    /// All registers but those of the vCPUs' interfaces, in an order in which they can be written. What an interrupt is goes
+    /// All its registers, in an order in which they can be written.
+    fn registers(&self) -> Result<Vec<GicRegister>> {
+        let mut registers: Vec<_> = self.shared_registers().collect();
+        for affinity in self.affinities() {
+            let control = self.read(GicRegister::CpuInterface(affinity, ICC_CTLR_EL1))?;
+            registers.extend(interface_registers(affinity, priority_bits(control)));
+        }
+        Ok(registers)
+    }
+
+    /// All registers but those of the vCPUs' interfaces. What an interrupt is goes
     /// before whether it is pending, and the distributor's being on goes before everything: a line that goes high while it is
     /// off is remembered as high, but never delivered, for it does not go high again.
-    fn registers(&self) -> impl Iterator<Item = GicRegister> {
-        let private = self.affinities().flat_map(|affinity| {
-            REDISTRIBUTOR
-                .iter()
-                .map(move |offset| GicRegister::Redistributor(affinity, *offset))
-                .chain([GicRegister::Lines(affinity, 0)])
-                .chain(
-                    [0x1_0200, 0x1_0300].map(|offset| GicRegister::Redistributor(affinity, offset)),
-                )
-        });
-        let interrupts = interrupts(&self.layout);
-        // Bits an interrupt, and where they begin. Interrupts below 32 are the redistributors'.
-        let block = move |base: u32, bits: u32| {
-            (base + 4 * bits..base + interrupts * bits / 8)
-                .step_by(4)
-                .map(GicRegister::Distributor)
-        };
+    fn shared_registers(&self) -> impl Iterator<Item = GicRegister> {
         const CONTROL: u32 = 0x0;
         const STATUS: u32 = 0x10;
         const GROUP: u32 = 0x80;
@@ -125,6 +104,25 @@ impl KvmGic {
         const PRIORITY: u32 = 0x400;
         const CONFIGURATION: u32 = 0xc00;
         const ROUTE: u32 = 0x6000;
+        // Of a redistributor: the frame of its vCPU's own interrupts, laid out as the distributor's.
+        const OWN: u32 = 0x1_0000;
+        let private = self.affinities().flat_map(|affinity| {
+            REDISTRIBUTOR
+                .iter()
+                .map(move |offset| GicRegister::Redistributor(affinity, *offset))
+                .chain([GicRegister::Lines(affinity, 0)])
+                .chain(
+                    [OWN + PENDING, OWN + ACTIVE]
+                        .map(|offset| GicRegister::Redistributor(affinity, offset)),
+                )
+        });
+        let interrupts = interrupts(&self.layout);
+        // Bits an interrupt, and where they begin. Interrupts below 32 are the redistributors'.
+        let block = move |base: u32, bits: u32| {
+            (base + 4 * bits..base + interrupts * bits / 8)
+                .step_by(4)
+                .map(GicRegister::Distributor)
+        };
         [CONTROL, STATUS]
             .map(GicRegister::Distributor)
             .into_iter()
@@ -141,10 +139,6 @@ impl KvmGic {
             )
             .chain(block(PENDING, 1))
             .chain(block(ACTIVE, 1))
-    }
-
-    fn interface_control(&self, affinity: u32) -> Result<u64> {
-        self.read(GicRegister::CpuInterface(affinity, ICC_CTLR_EL1))
     }
 
     fn read(&self, register: GicRegister) -> Result<u64> {
@@ -192,8 +186,8 @@ const fn encoding(crm: u32, op2: u32) -> u32 {
     3 << 14 | 12 << 7 | crm << 3 | op2
 }
 
-/// The system registers of a vCPU's interface, which has 4 times as many registers of active priorities for 7 bits of
-/// priority as for 5.
+/// The system registers of a vCPU's interface, which has 1, 2 or 4 registers of active priorities of
+/// each group for 5, 6 or 7 bits of priority.
 fn interface_registers(affinity: u32, priority_bits: u32) -> impl Iterator<Item = GicRegister> {
     const ICC_SRE_EL1: u32 = encoding(12, 5);
     const ICC_PMR_EL1: u32 = 3 << 14 | 4 << 7 | 6 << 3;

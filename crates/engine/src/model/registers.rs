@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use mte::{MteFeatures, SWITCHED_REGISTERS, SystemRegister};
+use mte::{MteFeatures, SWITCHED_REGISTERS};
 
 use crate::RegisterId;
 
@@ -41,18 +41,6 @@ const PLAIN: &[RegisterId] = &[
     RegisterId::system(3, 3, 13, 0, 3), // TPIDRRO_EL0
 ];
 
-/// The name in the engine of a register of MTE.
-pub fn id_of(register: SystemRegister) -> RegisterId {
-    let SystemRegister {
-        op0,
-        op1,
-        crn,
-        crm,
-        op2,
-    } = register;
-    RegisterId::system(op0, op1, crn, crm, op2)
-}
-
 #[derive(Clone, Copy)]
 struct Register {
     value: u64,
@@ -87,7 +75,7 @@ impl Registers {
         let switched = mte
             .iter()
             .flat_map(|_| SWITCHED_REGISTERS)
-            .map(|register| (id_of(register), UNKNOWN));
+            .map(|register| (RegisterId::from(register), UNKNOWN));
         let register = |fixed| move |(id, value)| (id, Register { value, fixed });
         Self(
             general

@@ -13,7 +13,7 @@ use mte::{GRANULE_SIZE, SWITCHED_REGISTERS, SystemRegister, Tag};
 
 use super::frame::PAGE_SIZE;
 use super::host::{Found, Touch};
-use super::registers::{Registers, id_of};
+use super::registers::Registers;
 use super::vm::{Miss, VmState};
 use crate::{
     Error, Exit, Interrupter, PendingSError, PowerState, Ppi, RegisterId, RegisterList, Result,
@@ -229,7 +229,7 @@ impl ModelVcpu {
     pub fn mrs(&self, register: SystemRegister) -> Result<u64, Undefined> {
         self.registers
             .borrow()
-            .get(id_of(register))
+            .get(register.into())
             .map_err(|_| Undefined)
     }
 
@@ -243,7 +243,7 @@ impl ModelVcpu {
         }
         self.registers
             .get_mut()
-            .set(id_of(register), value)
+            .set(register.into(), value)
             .map_err(|_| Undefined)
     }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use engine::kvm::KvmHypervisor;
-use engine::{Capabilities, Hypervisor, Vm, VmBuilder};
+use engine::{Capabilities, Hypervisor, Vm};
 use mte::{MteLevel, Tag, TagPage};
 use vmm::layout::{self, PAGE_SIZE, RAM_START};
 use vmm::memory::file;
@@ -140,11 +140,8 @@ fn try_tag_access(hypervisor: &KvmHypervisor) -> Result<TagMethod, Box<dyn std::
     let plan = MemoryPlan::choose(hypervisor.capabilities(), true, TagAccess::Auto, false)?;
     let size = 4 * vmm::memory::host_page_size();
     let memory = Arc::new(GuestMemory::new(size, plan)?);
-    let mut builder = hypervisor.new_vm(layout::ipa_bits(size))?;
-    builder.enable_mte()?;
-    let vm = Arc::new(builder.build()?);
-    // SAFETY: the mapping is `size` bytes of zeroes, and is dropped after the VM, being older.
-    unsafe { vm.set_memslot(&memory.memslot()) }?;
+    // SAFETY: the VM never has a vCPU.
+    let vm = Arc::new(unsafe { memory.new_vm(hypervisor, true) }?);
 
     let copied = CopiedTags::new(memory.clone(), vm.clone());
     let method = plan.tags.ok_or("no method was chosen")?;

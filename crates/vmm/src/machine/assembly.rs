@@ -4,9 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
 
-use engine::{
-    Capabilities, GicLayout, Hypervisor, Ppi, RegisterId, Spi, Vcpu, VcpuFeatures, Vm, VmBuilder,
-};
+use engine::{Capabilities, GicLayout, Hypervisor, Ppi, RegisterId, Spi, Vcpu, VcpuFeatures, Vm};
 use mte::MteFeatures;
 use vm_memory::{Bytes, GuestAddress};
 use vm_superio::Trigger;
@@ -70,15 +68,9 @@ pub(super) fn assemble<H: Hypervisor>(
         Start::Restored(_) => None,
     };
 
-    let mut builder = hypervisor.new_vm(layout::ipa_bits(memory.size()))?;
-    if mte.is_some() {
-        builder.enable_mte()?;
-    }
-    let vm = Arc::new(builder.build()?);
-    // SAFETY: the memory is `size` bytes of mapping that holds guest RAM alone. It is in `Parts` and
-    // then in `Machine`, which deletes the slot before it drops the memory; if this function fails,
-    // no vCPU ever runs.
-    unsafe { vm.set_memslot(&memory.memslot()) }?;
+    // SAFETY: the memory is in `Parts` and then in `Machine`, which deletes the slot before it drops
+    // the memory; if this function fails, no vCPU ever runs.
+    let vm = Arc::new(unsafe { memory.new_vm(hypervisor, mte.is_some()) }?);
 
     let features = vcpu_features(host);
     let vcpus = create_vcpus(&*vm, config.cpus, features)?;
