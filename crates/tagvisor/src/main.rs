@@ -5,6 +5,7 @@
 
 mod check;
 mod configuration;
+mod control;
 mod life;
 mod name;
 mod run;
