@@ -22,7 +22,7 @@ pub use compression::Compression;
 pub use error::{ChunkError, Error, Result};
 pub use header::{Header, Identity, Metadata, StreamId};
 pub use inspect::{StateSummary, Summary, inspect};
-pub use parallel::{Sending, restore, send};
+pub use parallel::{Sending, restore, send, send_changes};
 pub use reader::{StreamReader, receive};
 pub use snapshot::{Location, ReadAt, Snapshot, SnapshotReader};
 pub use source::{Cursor, PageSink, PageSource};

@@ -12,7 +12,8 @@ use crate::batch::{Batch, same_metadata};
 use crate::chunk::{Chunk, Encoder};
 use crate::compression::Compression;
 use crate::error::{Error, Result};
-use crate::snapshot::{Location, ReadAt, Snapshot};
+use crate::header::Identity;
+use crate::snapshot::{Changes, Location, ReadAt, Snapshot};
 use crate::source::{Cursor, PageSink, PageSource, place};
 use crate::writer::StreamWriter;
 
@@ -47,6 +48,64 @@ where
     S: PageSource + Sync,
     W: Write + Send,
 {
+    send_some(source, None::<&Snapshot<Vec<u8>>>, writer, sending)
+}
+
+/// Writes what has changed since `base`, data or tags: pages that are other than there, pages that are
+/// not there, and holes for those that the source does not have any more. Both sides are read and
+/// compared; that a page's data are the same says nothing of its tags.
+///
+/// # Errors
+/// Those of [`send`]; [`Error::NoBase`] or [`Error::WrongBase`] if the stream's header does not name
+/// this base; those of [`crate::SnapshotReader::read`].
+pub fn send_changes<S, F, W>(
+    source: &S,
+    base: &Snapshot<F>,
+    writer: &mut StreamWriter<W>,
+    sending: &Sending,
+) -> Result<()>
+where
+    S: PageSource + Sync,
+    F: ReadAt,
+    W: Write + Send,
+{
+    let header = writer.header().clone();
+    let given = base.identity();
+    match header.base {
+        Some(wanted) if wanted == given => {}
+        Some(wanted) => return Err(Error::WrongBase { wanted, given }),
+        None => {
+            return Err(Error::NoBase(Identity {
+                id: header.id,
+                check: 0,
+            }));
+        }
+    }
+    // Before the pages: one that becomes populated meanwhile is in a later chunk, which counts.
+    let holes = base.not_in(source)?;
+    let mut encoder = Encoder::new(&header, sending.compression)?;
+    let mut chunk = Chunk::new();
+    let mut rest = holes.as_slice();
+    while !rest.is_empty() {
+        let taken = encoder.holes(rest, &mut chunk)?;
+        writer.write(&chunk)?;
+        rest = &rest[taken..];
+    }
+    send_some(source, Some(base), writer, sending)
+}
+
+/// Writes the pages of a source, if there is a `base` those that have changed since.
+fn send_some<S, F, W>(
+    source: &S,
+    base: Option<&Snapshot<F>>,
+    writer: &mut StreamWriter<W>,
+    sending: &Sending,
+) -> Result<()>
+where
+    S: PageSource + Sync,
+    F: ReadAt,
+    W: Write + Send,
+{
     let header = writer.header().clone();
     same_metadata(
         "the source",
@@ -59,6 +118,7 @@ where
         .collect::<Result<_>>()?;
     let line = Line {
         source,
+        base,
         batches: Mutex::new((0, Cursor::new(sending.chunk_pages)?)),
         turn: Mutex::new((0, writer)),
         changed: Condvar::new(),
@@ -68,8 +128,9 @@ where
 }
 
 /// Threads take batches in order, encode them side by side, and write them in that order.
-struct Line<'a, S, W> {
+struct Line<'a, S, F, W> {
     source: &'a S,
+    base: Option<&'a Snapshot<F>>,
     /// The number of the next batch.
     batches: Mutex<(u64, Cursor)>,
     /// The number of the batch to be written next.
@@ -78,7 +139,7 @@ struct Line<'a, S, W> {
     failed: AtomicBool,
 }
 
-impl<S: PageSource, W: Write> Line<'_, S, W> {
+impl<S: PageSource, F: ReadAt, W: Write> Line<'_, S, F, W> {
     fn work(&self, encoder: Encoder) -> Result<()> {
         let worked = catch_unwind(AssertUnwindSafe(|| self.batches(encoder)));
         if !matches!(worked, Ok(Ok(()))) {
@@ -95,10 +156,18 @@ impl<S: PageSource, W: Write> Line<'_, S, W> {
         let mut batch = Batch::new(self.source.metadata());
         let mut chunk = Chunk::new();
         let mut runs = Vec::new();
+        let mut changes = self.base.map(Changes::since);
         while let Some(number) = self.next(&mut runs)? {
             batch.read(self.source, &runs)?;
-            encoder.pages(&batch, &mut chunk)?;
-            self.write(number, &chunk)?;
+            if let Some(changes) = &mut changes {
+                changes.keep(&mut batch)?;
+            }
+            if batch.is_empty() {
+                self.write(number, None)?;
+            } else {
+                encoder.pages(&batch, &mut chunk)?;
+                self.write(number, Some(&chunk))?;
+            }
         }
         Ok(())
     }
@@ -113,7 +182,8 @@ impl<S: PageSource, W: Write> Line<'_, S, W> {
         Ok(Some(*next - 1))
     }
 
-    fn write(&self, number: u64, chunk: &Chunk) -> Result<()> {
+    /// Writes what became of batch `number`, if it is its turn.
+    fn write(&self, number: u64, chunk: Option<&Chunk>) -> Result<()> {
         let waiting = lock(&self.turn);
         let mut turn = self
             .changed
@@ -125,7 +195,9 @@ impl<S: PageSource, W: Write> Line<'_, S, W> {
             return Err(Error::Abandoned);
         }
         let (turn, writer) = &mut *turn;
-        writer.write(chunk)?;
+        if let Some(chunk) = chunk {
+            writer.write(chunk)?;
+        }
         *turn += 1;
         self.changed.notify_all();
         Ok(())

@@ -5,7 +5,7 @@
 //! each chunk, the head its contents: whatever is read later is what was written, or an error.
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -21,6 +21,7 @@ use crate::chunk::{Chunk, Decoder, Place, State};
 use crate::error::{ChunkError, Error, Result, io};
 use crate::header::{Header, Identity, Metadata};
 use crate::index::{Index, Indexed};
+use crate::source::PageSource;
 use crate::wire::{END_LEN, HEAD_LEN, HEADER_LEN, Head, Kind, RawEnd};
 
 /// The most snapshots that can be based on each other.
@@ -399,6 +400,27 @@ impl<F: ReadAt> Snapshot<F> {
         Ok(())
     }
 
+    /// The pages of this snapshot that `source` does not have, in order.
+    ///
+    /// # Errors
+    /// [`Error::Source`].
+    pub(crate) fn not_in(&self, source: &impl PageSource) -> Result<Vec<Range<u64>>> {
+        let mut gone: RangeSet<u64> = self.populated().collect();
+        let mut from = 0;
+        while let Some(run) = source.next_run(from).map_err(|source| Error::Source {
+            first: from,
+            last: from,
+            source,
+        })? {
+            if run.start < from || run.is_empty() {
+                return Err(Error::Order { page: run.start });
+            }
+            from = run.end;
+            gone.remove(run);
+        }
+        Ok(gone.into_iter().collect())
+    }
+
     /// What a thread needs to read chunks.
     pub fn reader(&self) -> SnapshotReader<'_, F> {
         SnapshotReader {
@@ -455,5 +477,46 @@ impl<F: ReadAt> SnapshotReader<'_, F> {
             Some(location) => self.read(location).map(Some),
             None => Ok(None),
         }
+    }
+}
+
+/// Tells pages that have changed since a snapshot from those that have not.
+pub(crate) struct Changes<'a, F> {
+    base: &'a Snapshot<F>,
+    reader: SnapshotReader<'a, F>,
+}
+
+impl<'a, F: ReadAt> Changes<'a, F> {
+    /// Compares with `base`.
+    pub(crate) fn since(base: &'a Snapshot<F>) -> Self {
+        Self {
+            base,
+            reader: base.reader(),
+        }
+    }
+
+    /// Removes the pages whose data and tags are those of the snapshot.
+    ///
+    /// # Errors
+    /// Those of [`SnapshotReader::read`].
+    pub(crate) fn keep(&mut self, batch: &mut Batch) -> Result<()> {
+        let mut unchanged = HashSet::new();
+        let located = |page: &u64| self.base.find(*page);
+        let chunks: BTreeSet<Location> = batch.numbers().iter().filter_map(located).collect();
+        for chunk in chunks {
+            let then: HashMap<_, _> = self
+                .reader
+                .read(chunk)?
+                .iter()
+                .map(|(number, data, tags)| (number, (data, tags)))
+                .collect();
+            let same = batch
+                .iter()
+                .filter(|(number, data, tags)| then.get(number) == Some(&(data, *tags)))
+                .map(|(number, ..)| number);
+            unchanged.extend(same);
+        }
+        batch.retain(|page| !unchanged.contains(&page));
+        Ok(())
     }
 }

@@ -14,7 +14,7 @@ use mte::TagPage;
 use proptest::prelude::*;
 use stream::{
     Batch, Chunk, Compression, Encoder, Error, Metadata, Sending, Snapshot, State, StreamReader,
-    StreamWriter, ZERO_PAGE, inspect, receive, restore, send,
+    StreamWriter, ZERO_PAGE, inspect, receive, restore, send, send_changes,
 };
 
 fn any_compression() -> impl Strategy<Value = Compression> {
@@ -34,6 +34,13 @@ fn delta(base: &Pages, now: &Pages) -> (Pages, Vec<std::ops::Range<u64>>) {
         .collect();
     let gone = base.keys().filter(|number| !now.contains_key(number));
     (changed, gone.map(|number| *number..number + 1).collect())
+}
+
+/// The last of some files, on those before.
+fn opened(files: &[Vec<u8>]) -> stream::Result<Snapshot<Vec<u8>>> {
+    let (top, bases) = files.split_last().expect("there is a file");
+    let mut bases = bases.to_vec();
+    Snapshot::open(top.clone(), |_| Ok(bases.pop()))
 }
 
 proptest! {
@@ -90,6 +97,32 @@ proptest! {
         let (top, _) = files.pop().unwrap();
         let snapshot = Snapshot::open(top, |_| Ok(files.pop().map(|(bytes, _)| bytes))).unwrap();
         prop_assert_eq!(&by_index(&snapshot).unwrap(), &pages);
+    }
+
+    #[test]
+    fn what_changed_since_a_base_is_written_and_nothing_else(
+        versions in prop::collection::vec(any_pages(), 2..4),
+        compression in any_compression(),
+        chunk_pages in any_chunk_pages(),
+    ) {
+        let first = Memory::tagged(versions[0].clone());
+        let whole = file(&header(0, Metadata::ArmMte, None), &first, &sending(compression, 16));
+        let mut files = vec![whole.0];
+        for (id, steps) in (1..).zip(versions.windows(2)) {
+            let base = opened(&files).unwrap();
+            let mut writer = StreamWriter::new(
+                Vec::new(),
+                header(id, Metadata::ArmMte, Some(base.identity())),
+            ).unwrap();
+            let now = Memory::tagged(steps[1].clone());
+            send_changes(&now, &base, &mut writer, &sending(compression, chunk_pages)).unwrap();
+            let (bytes, _) = writer.finish().unwrap();
+
+            let (changed, _) = delta(&steps[0], &steps[1]);
+            prop_assert_eq!(inspect(&bytes[..]).unwrap().pages, changed.len() as u64);
+            files.push(bytes);
+            prop_assert_eq!(&by_index(&opened(&files).unwrap()).unwrap(), &steps[1]);
+        }
     }
 
     #[test]
@@ -318,6 +351,48 @@ fn metadata_are_neither_lost_nor_made_up() {
         Snapshot::open(delta, |_| Ok(Some(bytes.clone()))),
         Err(Error::Metadata { .. })
     ));
+}
+
+#[test]
+fn tags_that_changed_alone_are_a_change() {
+    let base = file(
+        &header(0, Metadata::ArmMte, None),
+        &Memory::tagged(sample()),
+        &sending(Compression::Lz4, 4),
+    );
+    let base = opened(&[base.0]).unwrap();
+    let mut now = sample();
+    now.get_mut(&3).unwrap().1 = tags(3);
+    let header = header(1, Metadata::ArmMte, Some(base.identity()));
+    let mut writer = StreamWriter::new(Vec::new(), header).unwrap();
+    send_changes(
+        &Memory::tagged(now.clone()),
+        &base,
+        &mut writer,
+        &sending(Compression::Lz4, 4),
+    )
+    .unwrap();
+    let (bytes, _) = writer.finish().unwrap();
+
+    let changed = in_order(&bytes, Pages::new()).unwrap();
+    assert_eq!(changed, Pages::from([(3, now[&3].clone())]));
+}
+
+#[test]
+fn changes_since_another_base_than_the_headers_are_refused() {
+    let memory = Memory::tagged(sample());
+    let sending = sending(Compression::None, 4);
+    let (base, _) = file(&header(0, Metadata::ArmMte, None), &memory, &sending);
+    let base = opened(&[base]).unwrap();
+    let (_, other) = file(&header(9, Metadata::ArmMte, None), &memory, &sending);
+    let refusal = |wanted| {
+        let header = header(1, Metadata::ArmMte, wanted);
+        let mut writer = StreamWriter::new(Vec::new(), header).unwrap();
+        send_changes(&memory, &base, &mut writer, &sending).unwrap_err()
+    };
+
+    assert!(matches!(refusal(Some(other)), Error::WrongBase { .. }));
+    assert!(matches!(refusal(None), Error::NoBase(_)));
 }
 
 #[test]
