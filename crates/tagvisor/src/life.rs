@@ -1,84 +1,630 @@
-//! The life of a machine, through its guest's resets to its end.
+//! The life of a VMM and of its machine: built, run through its guest's resets, paused, saved, ended.
+//!
+//! One thread, the one that calls [`Orders::carry_out`], has the machine; its vCPUs run on threads of
+//! their own. Whoever wants something of the machine has a [`Life`]: it puts an order into a queue,
+//! interrupts the machine's wait, and waits for the answer. What is known of the machine stands beside
+//! the queue, so that a question is answered at once, whatever the machine's thread does.
 
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use engine::{Hypervisor, Vm, VmBuilder};
+use stream::Snapshot;
 use vmm::config::MachineConfig;
 use vmm::console::Console;
-use vmm::machine::{Ending, Error, Machine, StopHandle};
+use vmm::machine::snapshot::{self, Progress, SavedMachine};
+use vmm::machine::{Ending, Error, Machine, MachineHandle};
 use vmm::virtio::net::MacAddr;
 
-/// Runs a machine, and a new one whenever its guest resets it, until `shutdown` is asked for.
-///
-/// # Errors
-/// It cannot be built, or cannot go on.
-pub fn run<H: Hypervisor>(
-    hypervisor: &H,
-    config: &MachineConfig,
-    shutdown: &ShutdownRequest,
-) -> Result<Ending, Error>
+use crate::control::{
+    Refusal, RestoreRequest, SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm, Work,
+};
+
+type Answer = Sender<Result<(), Refusal>>;
+
+enum Order {
+    Create(Box<MachineConfig>, Answer),
+    Boot(Answer),
+    Pause(Answer),
+    Resume(Answer),
+    Shutdown(Answer),
+    Reboot(Answer),
+    Delete(Answer),
+    Snapshot(SnapshotRequest, Sender<Result<SnapshotReport, Refusal>>),
+    Restore(RestoreRequest, Answer),
+    /// Look whether it is all to end.
+    Look,
+}
+
+/// A VMM, as all others but its machine's thread see it.
+#[derive(Clone)]
+pub struct Life {
+    orders: Sender<Order>,
+    shared: Arc<Shared>,
+}
+
+/// Orders to a VMM, for the thread that carries them out.
+pub struct Orders {
+    queue: Receiver<Order>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// It is all to end.
+    ended: AtomicBool,
+    known: Mutex<Known>,
+}
+
+/// What is known of the machine.
+#[derive(Default)]
+struct Known {
+    info: Option<VmInfo>,
+    /// A snapshot that is being written.
+    snapshot: Option<Arc<Progress>>,
+    machine: Option<MachineHandle>,
+}
+
+impl Shared {
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+}
+
+impl Life {
+    /// A VMM without a machine.
+    pub fn new() -> (Self, Orders) {
+        let (orders, queue) = mpsc::channel();
+        let shared = Arc::new(Shared::default());
+        let life = Self {
+            orders,
+            shared: shared.clone(),
+        };
+        (life, Orders { queue, shared })
+    }
+
+    /// Asks for something, and waits for the answer.
+    fn order<T>(
+        &self,
+        order: impl FnOnce(Sender<Result<T, Refusal>>) -> Order,
+    ) -> Result<T, Refusal> {
+        let (answer, answered) = mpsc::channel();
+        let gone = |_| Refusal::Failed("the VMM is ending".into());
+        self.orders.send(order(answer)).map_err(|_| gone(()))?;
+        self.call();
+        answered.recv().map_err(|_| gone(()))?
+    }
+
+    /// Has the machine's thread look at its orders.
+    fn call(&self) {
+        if let Some(machine) = &self.shared.known().machine {
+            machine.interrupt();
+        }
+    }
+}
+
+impl Vmm for Life {
+    fn info(&self) -> Result<VmInfo, Refusal> {
+        let known = self.shared.known();
+        let mut info = known.info.clone().ok_or(Refusal::NoVm)?;
+        info.work = known.snapshot.as_deref().map(|progress| Work {
+            what: "snapshot".into(),
+            pages_done: progress.pages_done.load(Ordering::Relaxed),
+            pages_total: progress.pages_total.load(Ordering::Relaxed),
+            bytes: progress.bytes.load(Ordering::Relaxed),
+        });
+        Ok(info)
+    }
+
+    fn create(&self, config: MachineConfig) -> Result<(), Refusal> {
+        self.order(|answer| Order::Create(Box::new(config), answer))
+    }
+
+    fn boot(&self) -> Result<(), Refusal> {
+        self.order(Order::Boot)
+    }
+
+    fn pause(&self) -> Result<(), Refusal> {
+        self.order(Order::Pause)
+    }
+
+    fn resume(&self) -> Result<(), Refusal> {
+        self.order(Order::Resume)
+    }
+
+    fn shutdown(&self) -> Result<(), Refusal> {
+        self.order(Order::Shutdown)
+    }
+
+    fn reboot(&self) -> Result<(), Refusal> {
+        self.order(Order::Reboot)
+    }
+
+    fn delete(&self) -> Result<(), Refusal> {
+        self.order(Order::Delete)
+    }
+
+    fn snapshot(&self, request: SnapshotRequest) -> Result<SnapshotReport, Refusal> {
+        self.order(|answer| Order::Snapshot(request, answer))
+    }
+
+    fn restore(&self, request: RestoreRequest) -> Result<(), Refusal> {
+        self.order(|answer| Order::Restore(request, answer))
+    }
+
+    fn shut_down_vmm(&self) {
+        self.shared.ended.store(true, Ordering::SeqCst);
+        if let Some(snapshot) = &self.shared.known().snapshot {
+            snapshot.cancelled.store(true, Ordering::Relaxed);
+        }
+        // Nobody carries orders out any more: then it has ended.
+        let _ = self.orders.send(Order::Look);
+        self.call();
+    }
+}
+
+/// With what a VMM begins.
+pub enum Beginning {
+    /// With no machine; it stays when a machine has ended.
+    Empty,
+    /// With a machine that boots; it ends with its guest.
+    Boot(MachineConfig),
+    /// With a machine from a snapshot; it ends with its guest.
+    Restore(Restoration),
+}
+
+/// A machine to be restored, and in what it is to differ from what it was.
+pub struct Restoration {
+    /// From what.
+    pub request: RestoreRequest,
+    /// What to do with the configuration that was saved.
+    pub change: Box<dyn FnOnce(&mut MachineConfig) + Send>,
+}
+
+/// The machine that a VMM has.
+struct Tenant<H: Hypervisor> {
+    config: MachineConfig,
+    // Dropped in this order: the machine writes to the console until it is gone.
+    machine: Option<Machine<H>>,
+    console: Option<Console>,
+}
+
+/// The VMM, on the thread that has the machine.
+struct Landlord<'h, H: Hypervisor> {
+    hypervisor: &'h H,
+    /// It goes on when its guest has ended the machine.
+    stays: bool,
+    shared: Arc<Shared>,
+    tenant: Option<Tenant<H>>,
+}
+
+impl Orders {
+    /// Runs a VMM to its end: until it is told to end, or its guest ends the machine that it began with.
+    ///
+    /// # Errors
+    /// That machine cannot be built, or cannot go on.
+    pub fn carry_out<H: Hypervisor>(
+        self,
+        hypervisor: &H,
+        beginning: Beginning,
+    ) -> Result<Ending, LifeError>
+    where
+        <<H::VmBuilder as VmBuilder>::Vm as Vm>::Vcpu: 'static,
+    {
+        let Self { queue, shared } = self;
+        let mut vmm = Landlord {
+            hypervisor,
+            stays: matches!(beginning, Beginning::Empty),
+            shared,
+            tenant: None,
+        };
+        if vmm.shared.has_ended() {
+            return Ok(Ending::Asked);
+        }
+        match beginning {
+            Beginning::Empty => {}
+            Beginning::Boot(config) => {
+                vmm.create(config);
+                vmm.boot()?;
+            }
+            Beginning::Restore(restoration) => vmm.restore(restoration)?,
+        }
+        loop {
+            while let Ok(order) = queue.try_recv() {
+                vmm.obey(order);
+            }
+            if vmm.shared.has_ended() {
+                return Ok(Ending::Asked);
+            }
+            match vmm.running().map(Machine::run) {
+                Some(outcome) => {
+                    if let Some(ending) = vmm.act_on(outcome)? {
+                        return Ok(ending);
+                    }
+                }
+                None => match queue.recv() {
+                    Ok(order) => vmm.obey(order),
+                    // Nobody is left who could want anything.
+                    Err(_) => return Ok(Ending::Asked),
+                },
+            }
+        }
+    }
+}
+
+impl<H: Hypervisor> Landlord<'_, H>
 where
     <<H::VmBuilder as VmBuilder>::Vm as Vm>::Vcpu: 'static,
 {
-    let config = with_addresses(config);
-    let mut console = Console::open(&config.console)?;
-    while !shutdown.is_asked() {
-        let mut machine = Machine::new(hypervisor, &config, &mut console)?;
-        shutdown.attach(machine.stop_handle());
-        match machine.run()? {
-            Ending::Reset if !config.no_reboot => tracing::info!("the guest reset the machine"),
-            ending => return Ok(ending),
+    fn obey(&mut self, order: Order) {
+        // Whoever asked may be gone.
+        match order {
+            Order::Create(config, answer) => {
+                let _ = answer.send(self.may_create().map(|()| self.create(*config)));
+            }
+            Order::Boot(answer) => {
+                let _ = answer.send(self.try_boot());
+            }
+            Order::Pause(answer) => {
+                let _ = answer.send(self.pause());
+            }
+            Order::Resume(answer) => {
+                let _ = answer.send(self.resume());
+            }
+            Order::Shutdown(answer) => {
+                let _ = answer.send(self.shutdown());
+            }
+            Order::Reboot(answer) => {
+                let _ = answer.send(self.shutdown().and_then(|()| self.try_boot()));
+            }
+            Order::Delete(answer) => {
+                let _ = answer.send(self.delete());
+            }
+            Order::Snapshot(request, answer) => {
+                let _ = answer.send(self.snapshot(&request));
+            }
+            Order::Restore(request, answer) => {
+                let restoration = Restoration {
+                    request,
+                    change: Box::new(|_| ()),
+                };
+                let restored = self
+                    .may_create()
+                    .and_then(|()| failed(self.restore(restoration)));
+                let _ = answer.send(restored);
+            }
+            Order::Look => {}
         }
     }
-    Ok(Ending::Asked)
+
+    /// The machine's run came back. Returns how the VMM ends, if it does.
+    fn act_on(&mut self, outcome: Result<Ending, Error>) -> Result<Option<Ending>, Error> {
+        match outcome {
+            Ok(Ending::Interrupted) => Ok(None),
+            Ok(Ending::Asked) => Ok(Some(Ending::Asked)),
+            Ok(Ending::Reset) if self.starts_over() => {
+                tracing::info!("the guest reset the machine");
+                self.end_machine();
+                if self.shared.has_ended() {
+                    return Ok(Some(Ending::Asked));
+                }
+                let booted = self.boot();
+                self.survive(booted)
+            }
+            Ok(ending) => {
+                self.end_machine();
+                Ok((!self.stays).then_some(ending))
+            }
+            Err(e) => {
+                self.end_machine();
+                self.survive(Err(e))
+            }
+        }
+    }
+
+    /// What ends the machine ends the VMM, unless that stays.
+    fn survive(&self, result: Result<(), Error>) -> Result<Option<Ending>, Error> {
+        match result {
+            Err(e) if self.stays => {
+                tracing::error!("the machine cannot go on: {e}");
+                Ok(None)
+            }
+            result => result.map(|()| None),
+        }
+    }
+
+    fn state(&self) -> Option<VmState> {
+        self.shared.known().info.as_ref().map(|info| info.state)
+    }
+
+    fn set_state(&self, state: VmState) {
+        if let Some(info) = &mut self.shared.known().info {
+            info.state = state;
+        }
+    }
+
+    /// The machine, if its guest is to run.
+    fn running(&mut self) -> Option<&mut Machine<H>> {
+        if self.state() != Some(VmState::Running) {
+            return None;
+        }
+        self.tenant.as_mut()?.machine.as_mut()
+    }
+
+    fn starts_over(&self) -> bool {
+        self.tenant
+            .as_ref()
+            .is_some_and(|tenant| !tenant.config.no_reboot)
+    }
+
+    fn may_create(&self) -> Result<(), Refusal> {
+        match self.tenant {
+            Some(_) => Err(Refusal::VmExists),
+            None => Ok(()),
+        }
+    }
+
+    fn create(&mut self, config: MachineConfig) {
+        let config = with_addresses(config);
+        self.shared.known().info = Some(VmInfo {
+            config: config.clone(),
+            state: VmState::Created,
+            reason: None,
+            mte: None,
+            work: None,
+        });
+        self.tenant = Some(Tenant {
+            config,
+            machine: None,
+            console: None,
+        });
+    }
+
+    fn try_boot(&mut self) -> Result<(), Refusal> {
+        match self.state().ok_or(Refusal::NoVm)? {
+            VmState::Created | VmState::Shutdown => failed(self.boot()),
+            state => Err(Refusal::State {
+                wanted: "booted",
+                state,
+            }),
+        }
+    }
+
+    /// Builds the machine of the configuration. It runs from the next turn on.
+    fn boot(&mut self) -> Result<(), Error> {
+        let hypervisor = self.hypervisor;
+        let Some(tenant) = &mut self.tenant else {
+            return Ok(());
+        };
+        let console = match &mut tenant.console {
+            Some(console) => console,
+            none => none.insert(Console::open(&tenant.config.console)?),
+        };
+        let machine = Machine::new(hypervisor, &tenant.config, console)?;
+        self.move_in(machine, VmState::Running);
+        Ok(())
+    }
+
+    fn move_in(&mut self, machine: Machine<H>, state: VmState) {
+        let mut known = self.shared.known();
+        known.machine = Some(machine.handle());
+        if let Some(info) = &mut known.info {
+            info.state = state;
+            info.mte = machine.mte().map(|mte| mte.to_string());
+        }
+        drop(known);
+        if let Some(tenant) = &mut self.tenant {
+            tenant.machine = Some(machine);
+        }
+    }
+
+    /// Ends the machine, its disks flushed.
+    fn end_machine(&mut self) {
+        self.shared.known().machine = None;
+        if let Some(tenant) = &mut self.tenant {
+            tenant.machine = None;
+        }
+        self.set_state(VmState::Shutdown);
+    }
+
+    fn pause(&mut self) -> Result<(), Refusal> {
+        let machine = self.machine_in(VmState::Running, "paused")?;
+        machine.pause();
+        self.set_state(VmState::Paused);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Refusal> {
+        let machine = self.machine_in(VmState::Paused, "resumed")?;
+        failed(machine.resume())?;
+        self.set_state(VmState::Running);
+        Ok(())
+    }
+
+    /// The machine, if it is in this state.
+    fn machine_in(
+        &mut self,
+        needed: VmState,
+        wanted: &'static str,
+    ) -> Result<&mut Machine<H>, Refusal> {
+        let state = self.state().ok_or(Refusal::NoVm)?;
+        let machine = self
+            .tenant
+            .as_mut()
+            .and_then(|tenant| tenant.machine.as_mut());
+        match machine {
+            Some(machine) if state == needed => Ok(machine),
+            _ => Err(Refusal::State { wanted, state }),
+        }
+    }
+
+    fn shutdown(&mut self) -> Result<(), Refusal> {
+        match self.state().ok_or(Refusal::NoVm)? {
+            VmState::Running | VmState::Paused => {
+                self.end_machine();
+                Ok(())
+            }
+            state => Err(Refusal::State {
+                wanted: "shut down",
+                state,
+            }),
+        }
+    }
+
+    fn delete(&mut self) -> Result<(), Refusal> {
+        self.state().ok_or(Refusal::NoVm)?;
+        self.end_machine();
+        self.tenant = None;
+        self.shared.known().info = None;
+        Ok(())
+    }
+
+    fn snapshot(&mut self, request: &SnapshotRequest) -> Result<SnapshotReport, Refusal> {
+        let shared = self.shared.clone();
+        let state = self.state().ok_or(Refusal::NoVm)?;
+        if !matches!(state, VmState::Running | VmState::Paused) {
+            return Err(Refusal::State {
+                wanted: "saved",
+                state,
+            });
+        }
+        let machine = self.machine_in(state, "saved")?;
+        let base = request.base.as_deref().map(open_base).transpose()?;
+        let progress = Arc::new(Progress::default());
+        let options = snapshot::Options {
+            base: base.as_ref(),
+            compression: request.compression,
+            progress: &progress,
+        };
+        shared.known().snapshot = Some(progress.clone());
+        // Whoever ended the VMM just before did not see it.
+        progress
+            .cancelled
+            .store(shared.has_ended(), Ordering::Relaxed);
+        let written = machine.snapshot(&request.file, &options);
+        shared.known().snapshot = None;
+        let report = failed(written)?;
+        Ok(SnapshotReport {
+            identity: report.identity.to_string(),
+            bytes: report.bytes,
+            pages: report.pages,
+            rounds: report.rounds,
+            total_us: report.total.as_micros() as u64,
+            blackout_us: report
+                .blackout
+                .map_or(0, |blackout| blackout.as_micros() as u64),
+        })
+    }
+
+    /// Takes up a machine from a snapshot. If it cannot, there is no machine.
+    fn restore(&mut self, restoration: Restoration) -> Result<(), RestoreError> {
+        let Restoration { request, change } = restoration;
+        let error = |source| RestoreError::Snapshot {
+            file: request.file.clone(),
+            source,
+        };
+        let snapshot =
+            snapshot::open(&request.file, &request.bases).map_err(|source| error(source.into()))?;
+        let mut saved = SavedMachine::read(&snapshot).map_err(error)?;
+        change(&mut saved.config);
+        self.create(saved.config.clone());
+        let restored = self.move_in_restored(&snapshot, &saved, request.paused);
+        if restored.is_err() {
+            self.tenant = None;
+            self.shared.known().info = None;
+        }
+        restored.map_err(|source| RestoreError::Machine {
+            file: request.file.clone(),
+            source: Box::new(source),
+        })
+    }
+
+    fn move_in_restored(
+        &mut self,
+        snapshot: &Snapshot<File>,
+        saved: &SavedMachine,
+        paused: bool,
+    ) -> Result<(), Error> {
+        let hypervisor = self.hypervisor;
+        let Some(tenant) = &mut self.tenant else {
+            return Ok(());
+        };
+        let console = tenant
+            .console
+            .insert(Console::open_again(&tenant.config.console)?);
+        let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let machine =
+            Machine::restored(hypervisor, &tenant.config, &saved.state, console, |pages| {
+                Ok(stream::restore(snapshot, pages, threads)?)
+            })?;
+        self.move_in(
+            machine,
+            if paused {
+                VmState::Paused
+            } else {
+                VmState::Running
+            },
+        );
+        Ok(())
+    }
+}
+
+/// Why a VMM ended that was not asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum LifeError {
+    /// Its machine cannot be built, or cannot go on.
+    #[error(transparent)]
+    Machine(#[from] Error),
+    /// Its machine could not be restored.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+}
+
+/// Why a machine could not be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The file is none that a machine could be restored from.
+    #[error("snapshot {file}: {source}")]
+    Snapshot {
+        /// Which.
+        file: PathBuf,
+        /// What is wrong.
+        source: snapshot::ReadError,
+    },
+    /// The machine cannot be here.
+    #[error("restoring {file}: {source}")]
+    Machine {
+        /// From which file.
+        file: PathBuf,
+        /// What is wrong.
+        source: Box<Error>,
+    },
+}
+
+fn open_base(path: &Path) -> Result<Snapshot<File>, Refusal> {
+    snapshot::open(path, &[]).map_err(|e| Refusal::Failed(format!("base {}: {e}", path.display())))
+}
+
+fn failed<T>(result: Result<T, impl ToString>) -> Result<T, Refusal> {
+    result.map_err(|e| Refusal::Failed(e.to_string()))
 }
 
 /// The configuration with an address for each network interface, so that a reset does not change it.
-fn with_addresses(config: &MachineConfig) -> MachineConfig {
-    let mut config = config.clone();
+fn with_addresses(mut config: MachineConfig) -> MachineConfig {
     for net in &mut config.net {
         net.mac.get_or_insert_with(MacAddr::random);
     }
     config
-}
-
-/// The wish that it all end, which a signal can bring while one machine is gone and the next not yet there.
-#[derive(Clone, Default)]
-pub struct ShutdownRequest(Arc<Mutex<ShutdownState>>);
-
-#[derive(Default)]
-struct ShutdownState {
-    asked: bool,
-    machine: Option<StopHandle>,
-}
-
-impl ShutdownRequest {
-    fn lock(&self) -> MutexGuard<'_, ShutdownState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Stops the machine that there is, and any that is still to come.
-    pub fn ask(&self) {
-        let mut state = self.lock();
-        state.asked = true;
-        if let Some(machine) = &state.machine {
-            machine.stop();
-        }
-    }
-
-    fn is_asked(&self) -> bool {
-        self.lock().asked
-    }
-
-    /// Names the machine to stop, in the place of the one before.
-    fn attach(&self, machine: StopHandle) {
-        let mut state = self.lock();
-        if state.asked {
-            machine.stop();
-        }
-        state.machine = Some(machine);
-    }
 }

@@ -10,9 +10,8 @@ use vmm::machine::Ending;
 use vmm::memory::TagAccess;
 
 use crate::configuration;
-#[cfg(target_arch = "aarch64")]
-use crate::life;
-use crate::life::ShutdownRequest;
+use crate::control::Vmm;
+use crate::life::{Beginning, Life, Orders};
 use crate::name::Name;
 use crate::signals::EndingSignals;
 
@@ -146,35 +145,43 @@ fn replace<T>(value: &mut T, given: Option<T>) {
 /// It cannot be started, or cannot go on.
 pub fn run(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let kvm = args.kvm.clone();
-    let config = args.machine()?;
+    let config = args.machine()?.with_absolute_paths()?;
+    let name = config.name.clone();
+    until_its_end(&kvm, name.as_deref(), Beginning::Boot(config))
+}
+
+/// Runs a VMM that has a name, until it is told to end or its guest ends.
+///
+/// # Errors
+/// The name cannot be had; its machine cannot be started, or cannot go on.
+pub fn until_its_end(
+    kvm: &Path,
+    name: Option<&str>,
+    beginning: Beginning,
+) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let default_name = format!("tagvisor-{}", std::process::id());
     // Before any thread is started: they inherit what is blocked.
     let signals = EndingSignals::block()?;
-    let _name = Name::take(config.name.as_deref().unwrap_or(&default_name))?;
-    let shutdown = ShutdownRequest::default();
-    let on_signal = shutdown.clone();
-    signals.on_first(move || on_signal.ask())?;
-    Ok(match run_machine(&kvm, &config, &shutdown)? {
+    let _name = Name::take(name.unwrap_or(&default_name))?;
+    let (life, orders) = Life::new();
+    signals.on_first(move || life.shut_down_vmm())?;
+    Ok(match carry_out(kvm, orders, beginning)? {
         Ending::Off | Ending::Reset => ExitCode::SUCCESS,
-        Ending::Asked => ENDED_FROM_OUTSIDE.into(),
+        Ending::Asked | Ending::Interrupted => ENDED_FROM_OUTSIDE.into(),
     })
 }
 
 #[cfg(target_arch = "aarch64")]
-fn run_machine(
+fn carry_out(
     kvm: &Path,
-    config: &MachineConfig,
-    shutdown: &ShutdownRequest,
+    orders: Orders,
+    beginning: Beginning,
 ) -> Result<Ending, Box<dyn std::error::Error>> {
     let hypervisor = engine::kvm::KvmHypervisor::open(kvm)?;
-    Ok(life::run(&hypervisor, config, shutdown)?)
+    Ok(orders.carry_out(&hypervisor, beginning)?)
 }
 
 #[cfg(not(target_arch = "aarch64"))]
-fn run_machine(
-    _: &Path,
-    _: &MachineConfig,
-    _: &ShutdownRequest,
-) -> Result<Ending, Box<dyn std::error::Error>> {
+fn carry_out(_: &Path, _: Orders, _: Beginning) -> Result<Ending, Box<dyn std::error::Error>> {
     Err(crate::NOT_AN_ARM_HOST.into())
 }

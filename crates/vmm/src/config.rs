@@ -6,6 +6,7 @@
 //! also how they are written back.
 
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -73,6 +74,32 @@ impl Default for MachineConfig {
             port: Vec::new(),
             no_reboot: false,
         }
+    }
+}
+
+impl MachineConfig {
+    /// The same machine, wherever this program stands: with absolute paths.
+    ///
+    /// # Errors
+    /// The working directory is not known.
+    pub fn with_absolute_paths(mut self) -> io::Result<Self> {
+        let console = match &mut self.console {
+            ConsoleConfig::File(path) => Some(path),
+            ConsoleConfig::Stdio | ConsoleConfig::Off => None,
+        };
+        let files = [&mut self.kernel, &mut self.initrd, &mut self.flat];
+        let disks = self.disk.iter_mut().map(|disk| &mut disk.path);
+        let sockets = self.port.iter_mut().map(|port| &mut port.socket);
+        for path in files
+            .into_iter()
+            .flatten()
+            .chain(console)
+            .chain(disks)
+            .chain(sockets)
+        {
+            *path = std::path::absolute(&path)?;
+        }
+        Ok(self)
     }
 }
 

@@ -113,13 +113,25 @@ impl Console {
     /// # Errors
     /// See [`Error`].
     pub fn open(config: &ConsoleConfig) -> Result<Self, Error> {
+        Self::open_with(config, false)
+    }
+
+    /// Opens the console of a machine that goes on: a file keeps what it has, and more is written behind it.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn open_again(config: &ConsoleConfig) -> Result<Self, Error> {
+        Self::open_with(config, true)
+    }
+
+    fn open_with(config: &ConsoleConfig, append: bool) -> Result<Self, Error> {
         let mut old_content = None;
         let output = match config {
             ConsoleConfig::Stdio => Output::to(io::stdout()),
             ConsoleConfig::Off => Output::to(io::sink()),
             ConsoleConfig::File(path) => {
-                let file = create(path)?;
-                old_content = file.try_clone().ok();
+                let file = create(path, append)?;
+                old_content = file.try_clone().ok().filter(|_| !append);
                 Output::to(file)
             }
         };
@@ -213,11 +225,12 @@ impl Drop for Connection {
 }
 
 /// Opens the file without waiting for the reader that a pipe may lack.
-fn create(path: &Path) -> Result<File, Error> {
+fn create(path: &Path, append: bool) -> Result<File, Error> {
     let open = || {
         let file = OpenOptions::new()
             .create(true)
             .write(true)
+            .append(append)
             .truncate(false)
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path)?;

@@ -1,6 +1,8 @@
 //! A machine: built from its configuration, run to its end, taken down in order.
 
 mod assembly;
+pub mod cpu;
+pub mod snapshot;
 
 use std::io;
 use std::sync::Arc;
@@ -16,6 +18,7 @@ use crate::console::{Connection, Console};
 use crate::devices::rtc::{ClockState, RealTimeClock};
 use crate::devices::serial::SerialPortState;
 use crate::memory::GuestMemory;
+use crate::memory::pages::GuestPages;
 use crate::memory::tags::{TagStore, tag_store};
 use crate::terminal::Command;
 use crate::vcpu::{VcpuEvent, VcpuThreads};
@@ -115,6 +118,20 @@ pub enum Error {
         /// And of this one.
         here: (usize, usize),
     },
+    /// The guest's MTE is another than this host's.
+    #[error("the saved guest {}; KVM shows every guest the host's own level, so restore it on a host with that one", mte::MteDifference { has: *.saved, offered: *.here })]
+    OtherMte {
+        /// What the guest has seen so far.
+        saved: MteFeatures,
+        /// What it would see here.
+        here: MteFeatures,
+    },
+    /// The guest's CPU has what this host's has not.
+    #[error("the saved guest's CPU has what this host's has not: {}; restore it on a host with that", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
+    MissingFeatures(Vec<cpu::Feature>),
+    /// Memory could not be restored.
+    #[error(transparent)]
+    Pages(#[from] stream::Error),
     /// A vCPU's thread panicked.
     #[error(
         "a vCPU's thread panicked; what it said before is a defect of Tagvisor's, please report it"
@@ -163,22 +180,40 @@ pub enum Ending {
     Reset,
     /// The user or a signal asked for it.
     Asked,
+    /// It has not: somebody wants its thread.
+    Interrupted,
 }
 
 enum Event {
     Vcpu(VcpuEvent),
-    Stop,
+    Quit,
+    Interrupt,
 }
 
-/// Asks a machine to end, from any thread.
-#[derive(Clone)]
-pub struct StopHandle(Sender<Event>);
+/// Whether a machine's guest runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Running {
+    /// It stands at its first instruction.
+    NotYet,
+    Yes,
+    /// vCPUs and devices wait.
+    Paused,
+}
 
-impl StopHandle {
-    /// Asks the machine to end. It then stops its vCPUs, completes what its devices have begun,
-    /// and flushes its disks. Nothing happens if it has ended already.
-    pub fn stop(&self) {
-        let _ = self.0.send(Event::Stop);
+/// Reaches a machine's thread, from any other.
+#[derive(Clone)]
+pub struct MachineHandle(Sender<Event>);
+
+impl MachineHandle {
+    /// Asks the machine to end: [`Machine::run`] returns, and whoever called it drops the machine, which stops its
+    /// vCPUs, completes what its devices have begun, and flushes its disks. Nothing happens if it has ended already.
+    pub fn quit(&self) {
+        let _ = self.0.send(Event::Quit);
+    }
+
+    /// Makes [`Machine::run`] return while the guest goes on: there is something else to do for its thread.
+    pub fn interrupt(&self) {
+        let _ = self.0.send(Event::Interrupt);
     }
 }
 
@@ -192,9 +227,12 @@ pub struct Machine<H: Hypervisor> {
     serial: Arc<MachinePort<VmOf<H>>>,
     clock: Arc<RealTimeClock>,
     virtio: Vec<Arc<MmioTransport>>,
-    /// The devices wait, as the vCPUs do.
-    paused: bool,
+    /// What it was built from.
+    config: MachineConfig,
+    running: Running,
     events: Receiver<Event>,
+    /// An event that was seen before it could be acted on.
+    seen: Option<Event>,
     sender: Sender<Event>,
     mte: Option<MteFeatures>,
     vm: Arc<VmOf<H>>,
@@ -222,18 +260,21 @@ where
         Self::build(hypervisor, config, Start::Boot, console)
     }
 
-    /// Builds a machine that goes on where the one of `state` stood, with the configuration of that one.
-    /// It has its memory yet to be given, and stands still until [`Machine::run`].
+    /// Builds a machine that goes on where the one of `state` stood, with the configuration of that one. `fill`
+    /// gives it that one's memory, with all tags. It stands still until [`Machine::resume`] or [`Machine::run`].
     ///
     /// # Errors
-    /// See [`Error`]. Nothing is left behind.
+    /// See [`Error`]; what `fill` returns. Nothing is left behind.
     pub fn restored(
         hypervisor: &H,
         config: &MachineConfig,
         state: &MachineState,
         console: &mut Console,
+        fill: impl FnOnce(&GuestPages) -> Result<(), Error>,
     ) -> Result<Self, Error> {
-        Self::build(hypervisor, config, Start::Restored(state), console)
+        let machine = Self::build(hypervisor, config, Start::Restored(state), console)?;
+        fill(&GuestPages::new(machine.memory.clone(), machine.tags()))?;
+        Ok(machine)
     }
 
     fn build(
@@ -243,10 +284,10 @@ where
         console: &mut Console,
     ) -> Result<Self, Error> {
         let (sender, events) = mpsc::channel();
-        let handle = StopHandle(sender.clone());
+        let handle = MachineHandle(sender.clone());
         let on_command = move |command| {
             if command == Command::Quit {
-                handle.stop();
+                handle.quit();
             }
         };
         let parts = assembly::assemble(hypervisor, config, start, console, on_command)?;
@@ -256,9 +297,14 @@ where
             bus: parts.bus,
             serial: parts.serial,
             clock: parts.clock,
-            paused: matches!(start, Start::Restored(_)),
+            running: match start {
+                Start::Boot => Running::NotYet,
+                Start::Restored(_) => Running::Paused,
+            },
             virtio: parts.virtio,
+            config: config.clone(),
             events,
+            seen: None,
             sender,
             mte: parts.mte,
             vm: parts.vm,
@@ -267,9 +313,9 @@ where
         })
     }
 
-    /// A handle by which other threads end the machine.
-    pub fn stop_handle(&self) -> StopHandle {
-        StopHandle(self.sender.clone())
+    /// A handle by which other threads reach the one that runs the machine.
+    pub fn handle(&self) -> MachineHandle {
+        MachineHandle(self.sender.clone())
     }
 
     /// The MTE that the guest sees.
@@ -288,11 +334,57 @@ where
         Some(tag_store(self.memory.clone(), self.vm.clone()))
     }
 
-    /// Stops vCPUs and devices, with nothing begun and not completed, and returns their state. [`Machine::run`] lets them
-    /// go on, after an error too unless a thread is gone.
+    /// Whether the guest runs, as far as the machine is concerned.
+    pub fn is_running(&self) -> bool {
+        self.running == Running::Yes
+    }
+
+    /// Stops vCPUs and devices where they are, with nothing begun and not completed.
+    pub fn pause(&mut self) {
+        if !self.is_running() {
+            return;
+        }
+        if let Some(vcpus) = &self.vcpus {
+            vcpus.pause();
+        }
+        self.pause_devices();
+    }
+
+    fn pause_devices(&mut self) {
+        for device in &self.virtio {
+            device.pause();
+        }
+        self.running = Running::Paused;
+    }
+
+    /// Lets vCPUs and devices go on, or begin; nothing happens if they do, or if the guest has ended its machine, which
+    /// [`Machine::run`] then tells.
     ///
     /// # Errors
-    /// The host does not tell a state, or a vCPU's thread is gone.
+    /// A device cannot go on.
+    pub fn resume(&mut self) -> Result<(), Error> {
+        // The vCPU that ended it must not be let go on behind its last instruction.
+        if self.is_running() || self.has_ended() {
+            return Ok(());
+        }
+        self.open()
+    }
+
+    fn open(&mut self) -> Result<(), Error> {
+        if self.running == Running::Paused {
+            self.virtio.iter().try_for_each(|device| device.resume())?;
+        }
+        self.running = Running::Yes;
+        if let Some(vcpus) = &self.vcpus {
+            vcpus.resume();
+        }
+        Ok(())
+    }
+
+    /// Stops vCPUs and devices as [`Machine::pause`] does, and returns their state.
+    ///
+    /// # Errors
+    /// The host does not tell a state, or a vCPU's thread is gone; only then can the machine not go on.
     pub fn save(&mut self) -> Result<MachineState, Error> {
         let Some(threads) = self.vcpus.take() else {
             return Err(Error::VcpuPanicked);
@@ -302,13 +394,23 @@ where
         if vcpus.len() != wanted {
             return Err(Error::VcpuPanicked);
         }
-        for device in &self.virtio {
-            device.pause();
-        }
-        self.paused = true;
+        self.pause_devices();
         let state = self.state(&vcpus);
         self.vcpus = Some(start_threads(vcpus, &self.bus, &self.sender)?);
         state
+    }
+
+    /// Whether the guest ended the machine, or cannot go on, and [`Machine::run`] has yet to say so.
+    fn has_ended(&mut self) -> bool {
+        while self.seen.is_none() {
+            match self.events.try_recv() {
+                // Whoever wanted it is answered by the end of what is being done.
+                Ok(Event::Interrupt) => {}
+                Ok(event) => self.seen = Some(event),
+                Err(_) => return false,
+            }
+        }
+        true
     }
 
     /// The state of the machine, whose vCPUs and devices stand still.
@@ -323,28 +425,32 @@ where
         })
     }
 
-    /// Runs the guest to the machine's end, or until it is asked to end; not at all if it was before. Once
-    /// asked, it can be run again.
+    /// Runs the guest to the machine's end, or until it is asked to end or interrupted; not at all if it was before.
+    /// Once interrupted, it can be run again, and its guest runs all the while.
     ///
     /// # Errors
     /// A vCPU or a device cannot go on.
     pub fn run(&mut self) -> Result<Ending, Error> {
-        if let Ok(Event::Stop) = self.events.try_recv() {
-            return Ok(Ending::Asked);
+        if let Some(event) = self.seen.take().or_else(|| self.events.try_recv().ok()) {
+            return event.ending();
         }
-        if std::mem::take(&mut self.paused) {
-            self.virtio.iter().try_for_each(|device| device.resume())?;
-        }
-        if let Some(vcpus) = &self.vcpus {
-            vcpus.resume();
+        if !self.is_running() {
+            self.open()?;
         }
         // The channel cannot close: `sender` keeps it open.
-        match self.events.recv() {
-            Ok(Event::Vcpu(VcpuEvent::System(SystemEvent::Off))) => Ok(Ending::Off),
-            Ok(Event::Vcpu(VcpuEvent::System(SystemEvent::Reset))) => Ok(Ending::Reset),
-            Ok(Event::Vcpu(VcpuEvent::Failed(e))) => Err(e.into()),
-            Ok(Event::Vcpu(VcpuEvent::Panicked)) => Err(Error::VcpuPanicked),
-            Ok(Event::Stop) | Err(_) => Ok(Ending::Asked),
+        self.events.recv().map_or(Ok(Ending::Asked), Event::ending)
+    }
+}
+
+impl Event {
+    fn ending(self) -> Result<Ending, Error> {
+        match self {
+            Self::Vcpu(VcpuEvent::System(SystemEvent::Off)) => Ok(Ending::Off),
+            Self::Vcpu(VcpuEvent::System(SystemEvent::Reset)) => Ok(Ending::Reset),
+            Self::Vcpu(VcpuEvent::Failed(e)) => Err(e.into()),
+            Self::Vcpu(VcpuEvent::Panicked) => Err(Error::VcpuPanicked),
+            Self::Quit => Ok(Ending::Asked),
+            Self::Interrupt => Ok(Ending::Interrupted),
         }
     }
 }

@@ -7,7 +7,9 @@
 //! shared memory to a guest with MTE (seed 001): there it is private anonymous memory, and tags are
 //! reached by the engine's bulk copy. [`tags`] has the two ways behind one trait.
 
+pub mod dirty;
 pub mod file;
+pub mod pages;
 mod populated;
 pub mod tags;
 
@@ -23,7 +25,7 @@ use engine::{Capabilities, Hypervisor, Memslot, Vm, VmBuilder};
 use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion};
 
 use crate::layout::{self, PAGE_SIZE, RAM_START};
 use populated::Populated;
@@ -250,6 +252,29 @@ impl GuestMemory {
             at = found.as_ref().map_or(end, |found| found.end);
             Some(found.map(|found| RAM_START + found.start..RAM_START + found.end))
         })
+    }
+
+    /// The pages that the VMM wrote since it was asked last, a bit for each 4 KiB from the start of RAM.
+    pub fn take_vmm_writes(&self) -> Vec<u64> {
+        let region = self.ram.iter().next();
+        region.map_or_else(Vec::new, |region| {
+            MmapRegion::bitmap(region).get_and_reset()
+        })
+    }
+
+    /// Makes a range, which is whole pages of the host, unpopulated: it reads as zeros with tag 0.
+    ///
+    /// # Errors
+    /// What the host said.
+    pub fn discard(&self, range: Range<u64>) -> io::Result<()> {
+        let start = range.start.checked_sub(RAM_START);
+        let Some(start) =
+            start.filter(|_| range.start <= range.end && range.end - RAM_START <= self.size)
+        else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        self.populated
+            .discard(self.host_address, start..range.end - RAM_START)
     }
 
     /// The data mapping.

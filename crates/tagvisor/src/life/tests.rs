@@ -34,7 +34,7 @@ struct Scripted {
 struct Story {
     resets: usize,
     asked_while: Moment,
-    shutdown: ShutdownRequest,
+    vmm: Life,
     vms: AtomicUsize,
     runs: AtomicUsize,
 }
@@ -42,7 +42,7 @@ struct Story {
 impl Story {
     fn reach(&self, moment: Moment) {
         if self.asked_while == moment {
-            self.shutdown.ask();
+            self.vmm.shut_down_vmm();
         }
     }
 }
@@ -173,14 +173,15 @@ impl Vcpu for ScriptedVcpu {
 }
 
 /// What a test looks at.
-struct Life {
+struct Trial {
     hypervisor: Scripted,
+    orders: Mutex<Option<Orders>>,
     config: MachineConfig,
     console: PathBuf,
     _folder: TempDir,
 }
 
-fn life(resets: usize, asked_while: Moment) -> Life {
+fn life(resets: usize, asked_while: Moment) -> Trial {
     let folder = tempfile::tempdir().unwrap();
     let payload = folder.path().join("payload");
     fs::write(&payload, [0; 4]).unwrap();
@@ -192,10 +193,11 @@ fn life(resets: usize, asked_while: Moment) -> Life {
         console: ConsoleConfig::File(console.clone()),
         ..MachineConfig::default()
     };
+    let (vmm, orders) = Life::new();
     let story = Story {
         resets,
         asked_while,
-        shutdown: ShutdownRequest::default(),
+        vmm,
         vms: AtomicUsize::new(0),
         runs: AtomicUsize::new(0),
     };
@@ -210,7 +212,8 @@ fn life(resets: usize, asked_while: Moment) -> Life {
         aarch32_el1: false,
         gic_v3: true,
     };
-    Life {
+    Trial {
+        orders: Mutex::new(Some(orders)),
         hypervisor: Scripted {
             capabilities,
             story: Arc::new(story),
@@ -221,14 +224,11 @@ fn life(resets: usize, asked_while: Moment) -> Life {
     }
 }
 
-impl Life {
+impl Trial {
     fn run(&self) -> Ending {
-        run(
-            &self.hypervisor,
-            &self.config,
-            &self.hypervisor.story.shutdown,
-        )
-        .unwrap()
+        let orders = self.orders.lock().unwrap().take().unwrap();
+        let beginning = Beginning::Boot(self.config.clone());
+        orders.carry_out(&self.hypervisor, beginning).unwrap()
     }
 
     fn vms(&self) -> usize {
@@ -261,7 +261,7 @@ fn without_reboot_a_reset_is_the_end() {
 #[test]
 fn a_wish_to_end_that_comes_first_builds_no_machine() {
     let life = life(0, Moment::Never);
-    life.hypervisor.story.shutdown.ask();
+    life.hypervisor.story.vmm.shut_down_vmm();
 
     assert_eq!(life.run(), Ending::Asked);
     assert_eq!(life.vms(), 0);
@@ -281,7 +281,7 @@ fn a_machine_that_was_stopped_before_it_runs_executes_nothing() {
     let mut console = Console::open(&life.config.console).unwrap();
     let mut machine = Machine::new(&life.hypervisor, &life.config, &mut console).unwrap();
 
-    machine.stop_handle().stop();
+    machine.handle().quit();
     let ending = machine.run().unwrap();
     thread::sleep(Duration::from_millis(50));
 

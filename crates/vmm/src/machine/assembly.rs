@@ -4,12 +4,14 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
 
-use engine::{Capabilities, GicLayout, Hypervisor, Ppi, RegisterId, Spi, Vcpu, VcpuFeatures, Vm};
+use engine::{
+    Capabilities, GicLayout, Hypervisor, Ppi, RegisterId, Spi, Vcpu, VcpuFeatures, VcpuState, Vm,
+};
 use mte::MteFeatures;
 use vm_memory::{Bytes, GuestAddress};
 use vm_superio::Trigger;
 
-use super::{Error, MachineState, VcpuOf, VmOf};
+use super::{Error, MachineState, VcpuOf, VmOf, cpu};
 use crate::boot::{self, Loaded};
 use crate::bus::{Bus, MmioDevice};
 use crate::config::{DiskConfig, MachineConfig, MemorySize, MteConfig, NetConfig};
@@ -143,6 +145,9 @@ fn restore<V: Vm>(
             here: (vcpus.len(), virtio.len()),
         });
     }
+    if let (Some(saved), Some(here)) = (state.vcpus.first(), vcpus.first()) {
+        check_cpu(saved, here)?;
+    }
     for (transport, state) in virtio.iter().zip(&state.virtio) {
         transport.restore(state)?;
     }
@@ -151,6 +156,19 @@ fn restore<V: Vm>(
     }
     // Last: the lines that the devices drove just now were high before, and are not edges.
     vm.restore_gic(&state.gic)?;
+    Ok(())
+}
+
+/// Refuses a saved CPU that this host has no equal to, by the name of what is missing.
+fn check_cpu(state: &VcpuState, vcpu: &impl Vcpu) -> Result<(), Error> {
+    let missing = cpu::missing(state, vcpu)?;
+    if !missing.is_empty() {
+        return Err(Error::MissingFeatures(missing));
+    }
+    let (saved, here) = (cpu::mte_of(state), cpu::mte(vcpu)?);
+    if saved != here {
+        return Err(Error::OtherMte { saved, here });
+    }
     Ok(())
 }
 

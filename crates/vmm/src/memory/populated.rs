@@ -8,8 +8,9 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
 
-use rustix::fs::SeekFrom;
+use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
 /// Finds the populated ranges of guest memory, in bytes from its start.
@@ -53,6 +54,33 @@ impl Populated {
                 address,
                 page_size,
             } => first_mapped(page_map, *address, *page_size, range),
+        }
+    }
+}
+
+impl Populated {
+    /// Takes the pages of `range`, which is bytes from the start of the memory mapped at `mapping`, away.
+    ///
+    /// # Errors
+    /// What the host said.
+    pub(super) fn discard(&self, mapping: NonNull<u8>, range: Range<u64>) -> io::Result<()> {
+        let length = range.end - range.start;
+        match self {
+            Self::File(file) => {
+                let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                Ok(rustix::fs::fallocate(file, hole, range.start, length)?)
+            }
+            Self::Private { .. } => {
+                // SAFETY: the range is within the mapping, which is guest memory: its bytes may change at any time.
+                let result = unsafe {
+                    let first = mapping.as_ptr().add(range.start as usize);
+                    libc::madvise(first.cast(), length as usize, libc::MADV_DONTNEED)
+                };
+                if result != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                Ok(())
+            }
         }
     }
 }

@@ -1,0 +1,219 @@
+//! What a guest saw of its CPU, feature by feature, so that a host that lacks one is refused by the
+//! feature's name before anything is restored.
+//!
+//! The ID registers of the guest's CPU are among its saved registers. A field of theirs that is greater
+//! than this host's is a feature that this host does not have (Arm ARM D24.1.3: fields grow with what
+//! they describe). Lesser ones are written as they were saved; hosts that cannot hide a feature refuse that.
+
+use std::fmt;
+
+use engine::{RegisterId, Vcpu, VcpuState};
+use mte::MteFeatures;
+
+/// An ID register, by the last two parts of its encoding `S3_0_C0_<crm>_<op2>`, and its fields by their lowest bit.
+struct IdRegister {
+    crm: u8,
+    op2: u8,
+    fields: &'static [(u32, &'static str)],
+}
+
+/// Those that a guest's programs choose their instructions by. The two fields whose 15 means "none" are signed.
+const ID_REGISTERS: [IdRegister; 9] = [
+    IdRegister {
+        crm: 4,
+        op2: 0,
+        fields: &[
+            (16, FLOATING_POINT),
+            (20, ADVANCED_SIMD),
+            (28, "RAS"),
+            (32, "SVE"),
+            (48, "DIT"),
+        ],
+    },
+    IdRegister {
+        crm: 4,
+        op2: 1,
+        fields: &[(0, "BTI"), (4, "SSBS"), (8, "MTE")],
+    },
+    IdRegister {
+        crm: 4,
+        op2: 2,
+        fields: &[(4, "MTE_STORE_ONLY"), (8, "MTE_TAGGED_FAR")],
+    },
+    IdRegister {
+        crm: 4,
+        op2: 4,
+        fields: &[
+            (0, "SVE2"),
+            (4, "SVE_AES"),
+            (16, "SVE_BitPerm"),
+            (20, "SVE_BF16"),
+            (32, "SVE_SHA3"),
+            (40, "SVE_SM4"),
+            (44, "SVE_I8MM"),
+            (52, "SVE_F32MM"),
+            (56, "SVE_F64MM"),
+        ],
+    },
+    IdRegister {
+        crm: 5,
+        op2: 0,
+        fields: &[(8, "PMUv3")],
+    },
+    IdRegister {
+        crm: 6,
+        op2: 0,
+        fields: &[
+            (4, "AES"),
+            (8, "SHA1"),
+            (12, "SHA2"),
+            (16, "CRC32"),
+            (20, "LSE"),
+            (28, "RDM"),
+            (32, "SHA3"),
+            (36, "SM3"),
+            (40, "SM4"),
+            (44, "DotProd"),
+            (48, "FHM"),
+            (52, "FlagM"),
+            (56, "TLBI"),
+            (60, "RNG"),
+        ],
+    },
+    IdRegister {
+        crm: 6,
+        op2: 1,
+        fields: &[
+            (0, "DPB"),
+            (4, "PAuth (QARMA5)"),
+            (8, "PAuth (other)"),
+            (12, "JSCVT"),
+            (16, "FCMA"),
+            (20, "LRCPC"),
+            (24, "PACGA (QARMA5)"),
+            (28, "PACGA (other)"),
+            (32, "FRINTTS"),
+            (36, "SB"),
+            (40, "SPECRES"),
+            (44, "BF16"),
+            (48, "DGH"),
+            (52, "I8MM"),
+            (60, "LS64"),
+        ],
+    },
+    IdRegister {
+        crm: 6,
+        op2: 2,
+        fields: &[
+            (0, "WFxT"),
+            (4, "RPRES"),
+            (8, "PACGA (QARMA3)"),
+            (12, "PAuth (QARMA3)"),
+            (16, "MOPS"),
+            (20, "HBC"),
+            (52, "CSSC"),
+        ],
+    },
+    IdRegister {
+        crm: 7,
+        op2: 0,
+        fields: &[(0, "physical addresses"), (4, "ASIDs of 16 bits")],
+    },
+];
+
+const FLOATING_POINT: &str = "floating point";
+const ADVANCED_SIMD: &str = "Advanced SIMD";
+
+/// A feature, and how much of it there is: 0 is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Feature {
+    /// Its name.
+    pub name: &'static str,
+    /// The field's value, counted from what means "none".
+    pub level: u8,
+}
+
+impl fmt::Display for Feature {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.level {
+            0 | 1 => f.write_str(self.name),
+            level => write!(f, "{} (level {level})", self.name),
+        }
+    }
+}
+
+/// The features that a register with this value tells of, those that are not there among them.
+fn features(register: &IdRegister, value: u64) -> impl Iterator<Item = Feature> {
+    register.fields.iter().map(move |(lowest, name)| {
+        let field = (value >> lowest & 0xf) as u8;
+        let level = match *name {
+            FLOATING_POINT | ADVANCED_SIMD => (field + 1) & 0xf,
+            _ => field,
+        };
+        Feature { name, level }
+    })
+}
+
+fn id(register: &IdRegister) -> RegisterId {
+    RegisterId::system(3, 0, 0, register.crm, register.op2)
+}
+
+fn saved_value(state: &VcpuState, id: RegisterId) -> Option<u64> {
+    let register = state.registers.iter().find(|register| register.id == id)?;
+    Some(u64::from_le_bytes(
+        register.value.as_slice().try_into().ok()?,
+    ))
+}
+
+/// What a saved CPU has.
+pub fn features_of(state: &VcpuState) -> Vec<Feature> {
+    let of_register = |register| Some(features(register, saved_value(state, id(register))?));
+    let all = ID_REGISTERS.iter().filter_map(of_register).flatten();
+    all.filter(|feature| feature.level != 0).collect()
+}
+
+/// What a saved CPU has and this one has not, or has less of.
+///
+/// # Errors
+/// The host does not tell a register.
+pub fn missing(state: &VcpuState, here: &impl Vcpu) -> engine::Result<Vec<Feature>> {
+    let known = here.registers()?;
+    let mut missing = Vec::new();
+    for register in &ID_REGISTERS {
+        let id = id(register);
+        let Some(saved) = saved_value(state, id) else {
+            continue;
+        };
+        let own = if known.contains(&id) {
+            here.register_u64(id)?
+        } else {
+            0
+        };
+        let both = features(register, saved).zip(features(register, own));
+        missing.extend(
+            both.filter(|(saved, own)| saved.level > own.level)
+                .map(|(saved, _)| saved),
+        );
+    }
+    Ok(missing)
+}
+
+/// The MTE that a saved CPU has.
+pub fn mte_of(state: &VcpuState) -> MteFeatures {
+    let value = |id| saved_value(state, id).unwrap_or(0);
+    MteFeatures::from_id_registers(
+        value(RegisterId::ID_AA64PFR1_EL1),
+        value(RegisterId::ID_AA64PFR2_EL1),
+    )
+}
+
+/// The MTE that a vCPU has.
+///
+/// # Errors
+/// The host does not tell a register.
+pub fn mte(vcpu: &impl Vcpu) -> engine::Result<MteFeatures> {
+    Ok(MteFeatures::from_id_registers(
+        vcpu.register_u64(RegisterId::ID_AA64PFR1_EL1)?,
+        vcpu.register_u64(RegisterId::ID_AA64PFR2_EL1)?,
+    ))
+}

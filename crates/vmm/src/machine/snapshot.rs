@@ -1,0 +1,599 @@
+//! Snapshots of machines: a file of pages with their tags (`stream`), and three saved states.
+//!
+//! | state | what |
+//! |---|---|
+//! | `config` | the [`MachineConfig`], JSON |
+//! | `platform` | what the guest saw of its machine ([`Platform`]), JSON |
+//! | `machine` | all but memory ([`MachineState`]), JSON |
+//!
+//! A guest that runs goes on while its memory is written: first all of it, then, by the dirty log, what
+//! changed meanwhile, until that is little; then it stands still for as long as its state is read and the last
+//! pages are copied aside, which are written when it runs again. Of a page that was written several times the last
+//! counts, so what is in the file is memory as it was at that moment.
+//!
+//! The file comes into being under another name, is synced, and takes its own name last.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use engine::{Hypervisor, Memslot, Vcpu, Vm};
+use mte::TagPage;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use stream::{
+    Batch, Chunk, Compression, Cursor, Encoder, Header, Identity, Page, PageSource, ReadAt,
+    Sending, Snapshot, State, StreamReader, StreamWriter, send, send_changes,
+};
+use tempfile::NamedTempFile;
+
+use super::{Machine, MachineState, VcpuOf, cpu};
+use crate::config::MachineConfig;
+use crate::memory::GuestMemory;
+use crate::memory::dirty::{DirtyPages, DirtySource};
+use crate::memory::pages::GuestPages;
+
+/// The version of the three states' formats.
+const STATE_VERSION: u32 = 1;
+const CONFIG: &str = "config";
+const PLATFORM: &str = "platform";
+const MACHINE: &str = "machine";
+
+/// So few pages that it pays to stop the guest for them, rather than to go through them while it runs: 8 MiB.
+const FEW: u64 = 2048;
+/// How many pages are copied aside for the time that the guest stands still, at most: 64 MiB.
+const HELD: u64 = 16384;
+/// How often memory is gone through while the guest runs, at most.
+const MAX_ROUNDS: u32 = 6;
+
+/// Why a snapshot was not written. The guest goes on as before.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file.
+    #[error("snapshot {path}: cannot {action}: {source}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// There is something there that is no file.
+    #[error("snapshot {0}: it is there, and no regular file; choose another name")]
+    NoFile(PathBuf),
+    /// Pages or the stream.
+    #[error("snapshot {path}: {source}")]
+    Stream {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        source: stream::Error,
+    },
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] super::Error),
+    /// There is no machine any more that could be saved.
+    #[error("the machine ended while its snapshot was written")]
+    Ended,
+}
+
+/// Why a file is not one that a machine can be restored from.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The stream.
+    #[error(transparent)]
+    Stream(#[from] stream::Error),
+    /// A state is missing: it is a stream of something else.
+    #[error("it has no saved state `{0}`: it is no snapshot of a machine")]
+    StateMissing(&'static str),
+    /// A state of a version that this Tagvisor does not know.
+    #[error(
+        "its saved state `{name}` has version {version}, this Tagvisor reads version {STATE_VERSION}"
+    )]
+    StateVersion {
+        /// Which.
+        name: &'static str,
+        /// Its version.
+        version: u32,
+    },
+    /// A state says nothing.
+    #[error("its saved state `{name}` is wrong: {source}")]
+    State {
+        /// Which.
+        name: &'static str,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+    /// It is of another kind of machine.
+    #[error("it is of a machine with architecture {0}, this Tagvisor has aarch64")]
+    Architecture(String),
+}
+
+/// What a snapshot is to be.
+pub struct Options<'a, F> {
+    /// Write what changed since this snapshot, and no more.
+    pub base: Option<&'a Snapshot<F>>,
+    /// What is made of data.
+    pub compression: Compression,
+    /// How far it is, for others to see, and whether they want it to be given up.
+    pub progress: &'a Progress,
+}
+
+/// How far a snapshot is.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Pages read.
+    pub pages_done: AtomicU64,
+    /// Pages to be read, as far as is known.
+    pub pages_total: AtomicU64,
+    /// Bytes written.
+    pub bytes: AtomicU64,
+    /// It is to be given up.
+    pub cancelled: AtomicBool,
+}
+
+/// What a snapshot became.
+#[derive(Clone, Copy, Debug)]
+pub struct Report {
+    /// What a delta on it names as its base.
+    pub identity: Identity,
+    /// Bytes of the file.
+    pub bytes: u64,
+    /// Pages written, each as often as it was.
+    pub pages: u64,
+    /// How often memory was gone through.
+    pub rounds: u32,
+    /// From the first page to the synced file.
+    pub total: Duration,
+    /// For how long the guest stood still; none if it was paused before.
+    pub blackout: Option<Duration>,
+}
+
+/// What the guest saw of its machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Platform {
+    /// Of its CPUs.
+    pub architecture: String,
+    /// Its MTE, in words.
+    pub mte: Option<String>,
+    /// What its CPUs have, by name, with a level where that says more.
+    pub cpu_features: Vec<String>,
+    /// The version of the Tagvisor that wrote it.
+    pub tagvisor: String,
+}
+
+/// A machine but for its memory, as it is in a snapshot.
+#[derive(Clone, Debug)]
+pub struct SavedMachine {
+    /// Its configuration.
+    pub config: MachineConfig,
+    /// What its guest saw.
+    pub platform: Platform,
+    /// Its state.
+    pub state: MachineState,
+}
+
+impl SavedMachine {
+    /// Reads a snapshot's states.
+    ///
+    /// # Errors
+    /// See [`ReadError`].
+    pub fn read<F: ReadAt>(snapshot: &Snapshot<F>) -> Result<Self, ReadError> {
+        let mut states = Vec::new();
+        snapshot.states(|state| {
+            states.push((
+                state.name.to_owned(),
+                state.version,
+                state.data.into_owned(),
+            ));
+            Ok(())
+        })?;
+        let platform: Platform = parse(&states, PLATFORM)?;
+        if platform.architecture != ARCHITECTURE {
+            return Err(ReadError::Architecture(platform.architecture));
+        }
+        Ok(Self {
+            config: parse(&states, CONFIG)?,
+            platform,
+            state: parse(&states, MACHINE)?,
+        })
+    }
+}
+
+const ARCHITECTURE: &str = "aarch64";
+
+fn parse<T: DeserializeOwned>(
+    states: &[(String, u32, Vec<u8>)],
+    name: &'static str,
+) -> Result<T, ReadError> {
+    let found = states.iter().find(|(found, ..)| found == name);
+    let (_, version, data) = found.ok_or(ReadError::StateMissing(name))?;
+    if *version != STATE_VERSION {
+        return Err(ReadError::StateVersion {
+            name,
+            version: *version,
+        });
+    }
+    serde_json::from_slice(data).map_err(|source| ReadError::State { name, source })
+}
+
+/// Opens a snapshot. The snapshots it is based on are looked for among `bases`, then beside it and beside those, whatever
+/// their names: a snapshot is known by its identity.
+///
+/// # Errors
+/// Those of [`Snapshot::open`].
+pub fn open(path: &Path, bases: &[PathBuf]) -> stream::Result<Snapshot<File>> {
+    let mut candidates = bases.to_vec();
+    for near in [path].into_iter().chain(bases.iter().map(PathBuf::as_path)) {
+        let entries = fs::read_dir(directory(near))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let files = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()));
+        candidates.extend(files.map(|entry| entry.path()));
+    }
+    let open = |path: &Path| {
+        File::open(path).map_err(|source| stream::Error::Io {
+            action: "open the snapshot",
+            source,
+        })
+    };
+    Snapshot::open(open(path)?, |wanted| {
+        let is_wanted = |path: &&PathBuf| {
+            let header = File::open(path)
+                .ok()
+                .and_then(|file| StreamReader::new(file).ok());
+            header.is_some_and(|reader| reader.header().id == wanted.id)
+        };
+        candidates
+            .iter()
+            .find(is_wanted)
+            .map(|path| open(path))
+            .transpose()
+    })
+}
+
+/// A file that has its name only when it is whole.
+struct Target<'a> {
+    file: NamedTempFile,
+    path: &'a Path,
+}
+
+impl<'a> Target<'a> {
+    fn create(path: &'a Path) -> Result<Self, Error> {
+        match fs::symlink_metadata(path) {
+            Ok(there) if !there.is_file() => return Err(Error::NoFile(path.into())),
+            _ => {}
+        }
+        let name = path.file_name().ok_or_else(|| Error::NoFile(path.into()))?;
+        let mut prefix = std::ffi::OsString::from(".");
+        prefix.push(name);
+        prefix.push(".");
+        let file = tempfile::Builder::new()
+            .prefix(&prefix)
+            .suffix(".part")
+            .tempfile_in(directory(path))
+            .map_err(|source| Error::File {
+                path: path.into(),
+                action: "create a file beside it",
+                source,
+            })?;
+        Ok(Self { file, path })
+    }
+
+    /// Gives the file its name, for good.
+    fn commit(self) -> Result<(), Error> {
+        let error = |action| {
+            move |source| Error::File {
+                path: self.path.into(),
+                action,
+                source,
+            }
+        };
+        self.file.as_file().sync_all().map_err(error("sync it"))?;
+        self.file
+            .persist(self.path)
+            .map_err(|e| error("give it its name")(e.error))?;
+        File::open(directory(self.path))
+            .and_then(|directory| directory.sync_all())
+            .map_err(error("sync its directory"))
+    }
+}
+
+fn directory(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Counts what is written.
+struct Counted<'a> {
+    to: &'a File,
+    progress: &'a Progress,
+}
+
+impl Write for Counted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.to.write(bytes)?;
+        self.progress
+            .bytes
+            .fetch_add(written as u64, Ordering::Relaxed);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Counts the pages that are read, and reads none once the snapshot is to be given up.
+struct Watched<'a, S> {
+    source: S,
+    progress: &'a Progress,
+}
+
+impl<S: PageSource> PageSource for Watched<'_, S> {
+    fn metadata(&self) -> stream::Metadata {
+        self.source.metadata()
+    }
+
+    fn next_run(&self, from: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+        self.source.next_run(from)
+    }
+
+    fn read(&self, first: u64, data: &mut [Page], tags: &mut [TagPage]) -> io::Result<()> {
+        if self.progress.cancelled.load(Ordering::Relaxed) {
+            return Err(io::Error::other(
+                "it was given up, as the machine is to end",
+            ));
+        }
+        self.progress
+            .pages_done
+            .fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.source.read(first, data, tags)
+    }
+}
+
+impl Progress {
+    fn expect<S: PageSource>(&self, source: &S) -> io::Result<()> {
+        let (mut from, mut pages) = (0, 0);
+        while let Some(run) = source.next_run(from)? {
+            pages += run.end - run.start;
+            from = run.end;
+        }
+        self.pages_total.fetch_add(pages, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// The dirty log, on as long as this lives.
+struct DirtyLog<V: Vm> {
+    vm: Arc<V>,
+    memory: Arc<GuestMemory>,
+}
+
+impl<V: Vm> DirtyLog<V> {
+    /// Turns the log on, with nothing in it.
+    fn start(vm: Arc<V>, memory: Arc<GuestMemory>) -> engine::Result<Self> {
+        let log = Self { vm, memory };
+        log.set(true)?;
+        log.memory.take_vmm_writes();
+        Ok(log)
+    }
+
+    fn set(&self, on: bool) -> engine::Result<()> {
+        let slot = Memslot {
+            log_dirty: on,
+            ..self.memory.memslot()
+        };
+        // SAFETY: the same memory as before, which the machine keeps for as long as the slot exists.
+        unsafe { self.vm.set_memslot(&slot) }
+    }
+
+    /// What changed since the last call.
+    fn take(&self) -> engine::Result<DirtyPages> {
+        let mut dirty = DirtyPages::none(self.memory.size());
+        dirty.add_host_pages(&self.vm.take_dirty_log(self.memory.memslot().slot)?);
+        dirty.add_pages(&self.memory.take_vmm_writes());
+        Ok(dirty)
+    }
+}
+
+impl<V: Vm> Drop for DirtyLog<V> {
+    fn drop(&mut self) {
+        if let Err(e) = self.set(false) {
+            tracing::warn!("the log of the guest's writes stays on, which slows it down: {e}");
+        }
+    }
+}
+
+impl<H: Hypervisor> Machine<H>
+where
+    VcpuOf<H>: Vcpu + 'static,
+{
+    /// Writes a snapshot to the file `path`, which is there afterwards or is as it was. A guest that runs goes on.
+    ///
+    /// # Errors
+    /// See [`Error`]; the guest goes on then, too.
+    pub fn snapshot<F: ReadAt>(
+        &mut self,
+        path: &Path,
+        options: &Options<'_, F>,
+    ) -> Result<Report, Error> {
+        let begun = Instant::now();
+        let target = Target::create(path)?;
+        let was_running = self.is_running();
+        let written = self.write_snapshot(target.file.as_file(), path, options);
+        if was_running {
+            self.resume()?;
+        }
+        let (mut report, blackout) = written?;
+        target.commit()?;
+        report.total = begun.elapsed();
+        report.blackout = was_running.then_some(blackout);
+        Ok(report)
+    }
+
+    fn write_snapshot<F: ReadAt>(
+        &mut self,
+        file: &File,
+        path: &Path,
+        options: &Options<'_, F>,
+    ) -> Result<(Report, Duration), Error> {
+        let stream_error = |source| Error::Stream {
+            path: path.into(),
+            source,
+        };
+        let progress = options.progress;
+        let pages = Watched {
+            source: GuestPages::new(self.memory().clone(), self.tags()),
+            progress,
+        };
+        let base = options.base.map(Snapshot::identity);
+        let header = Header::of_file(pages.metadata(), base).map_err(stream_error)?;
+        let to = Counted { to: file, progress };
+        let mut writer = StreamWriter::new(to, header).map_err(stream_error)?;
+        let sending = Sending {
+            compression: options.compression,
+            threads: thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
+            ..Sending::default()
+        };
+        let log = if self.is_running() {
+            Some(
+                DirtyLog::start(self.vm.clone(), self.memory.clone())
+                    .map_err(super::Error::from)?,
+            )
+        } else {
+            None
+        };
+        let mut rounds = 1;
+        let expected = |result: io::Result<()>| {
+            result.map_err(|source| Error::File {
+                path: path.into(),
+                action: "find out which pages of memory exist",
+                source,
+            })
+        };
+        expected(progress.expect(&pages))?;
+        match options.base {
+            Some(base) => send_changes(&pages, base, &mut writer, &sending),
+            None => send(&pages, &mut writer, &sending),
+        }
+        .map_err(stream_error)?;
+
+        let mut dirty = DirtyPages::none(self.memory.size());
+        if let Some(log) = &log {
+            dirty = log.take().map_err(super::Error::from)?;
+            while dirty.len() > FEW && rounds < MAX_ROUNDS {
+                let before = dirty.len();
+                let changed = DirtySource::new(&pages, &dirty);
+                expected(progress.expect(&changed))?;
+                send(&changed, &mut writer, &sending).map_err(stream_error)?;
+                rounds += 1;
+                dirty = log.take().map_err(super::Error::from)?;
+                if dirty.len() > before / 2 {
+                    break;
+                }
+            }
+        }
+
+        let stopped = Instant::now();
+        let state = self.save()?;
+        if self.has_ended() {
+            return Err(Error::Ended);
+        }
+        if let Some(log) = &log {
+            dirty.add(&log.take().map_err(super::Error::from)?);
+        }
+        let last = DirtySource::new(&pages, &dirty);
+        expected(progress.expect(&last))?;
+        let held = if dirty.len() <= HELD {
+            hold(&last, &sending).map_err(stream_error)?
+        } else {
+            send(&last, &mut writer, &sending).map_err(stream_error)?;
+            Vec::new()
+        };
+        if log.is_some() {
+            drop(log);
+            self.resume()?;
+        }
+        let blackout = stopped.elapsed();
+
+        let mut encoder =
+            Encoder::new(writer.header(), options.compression).map_err(stream_error)?;
+        let mut chunk = Chunk::new();
+        for batch in &held {
+            encoder
+                .pages(batch, &mut chunk)
+                .and_then(|()| writer.write(&chunk))
+                .map_err(stream_error)?;
+        }
+        for (name, data) in self.states(&state) {
+            let state = State {
+                name,
+                version: STATE_VERSION,
+                data: data.into(),
+            };
+            encoder
+                .state(&state, &mut chunk)
+                .and_then(|()| writer.write(&chunk))
+                .map_err(stream_error)?;
+        }
+        let pages = writer.pages();
+        let (_, identity) = writer.finish().map_err(stream_error)?;
+        let report = Report {
+            identity,
+            bytes: progress.bytes.load(Ordering::Relaxed),
+            pages,
+            rounds: rounds + u32::from(!dirty.is_empty()),
+            total: Duration::ZERO,
+            blackout: None,
+        };
+        Ok((report, blackout))
+    }
+
+    /// What is saved besides memory, by name.
+    fn states(&self, state: &MachineState) -> [(&'static str, Vec<u8>); 3] {
+        let boot_cpu = state.vcpus.first();
+        let platform = Platform {
+            architecture: ARCHITECTURE.into(),
+            mte: self.mte.map(|mte| mte.to_string()),
+            cpu_features: boot_cpu
+                .map(cpu::features_of)
+                .unwrap_or_default()
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+            tagvisor: env!("CARGO_PKG_VERSION").into(),
+        };
+        let json = |value: Result<Vec<u8>, _>| value.expect("it is made of what JSON has");
+        [
+            (CONFIG, json(serde_json::to_vec(&self.config))),
+            (PLATFORM, json(serde_json::to_vec(&platform))),
+            (MACHINE, json(serde_json::to_vec(state))),
+        ]
+    }
+}
+
+/// Reads all pages of a source.
+fn hold(source: &impl PageSource, sending: &Sending) -> stream::Result<Vec<Batch>> {
+    let mut cursor = Cursor::new(sending.chunk_pages)?;
+    let mut held = Vec::new();
+    let mut runs = Vec::new();
+    loop {
+        cursor.next(source, &mut runs)?;
+        if runs.is_empty() {
+            return Ok(held);
+        }
+        let mut batch = Batch::new(source.metadata());
+        batch.read(source, &runs)?;
+        held.push(batch);
+    }
+}

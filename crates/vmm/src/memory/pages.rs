@@ -1,0 +1,132 @@
+//! Guest memory as a source and a sink of pages with their tags (`stream`).
+//!
+//! A page's data are read and written by the data mapping and its tags by the [`TagStore`], so neither
+//! access is tag-checked. A guest that has tags has them in every page; one that has none gives none.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use mte::TagPage;
+use stream::{Batch, Metadata, Page, PageSink, PageSource};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::GuestMemory;
+use super::tags::TagStore;
+use crate::layout::{PAGE_SIZE, RAM_START};
+
+/// The pages of guest memory. A page's number is its guest-physical address divided by 4096.
+pub struct GuestPages {
+    memory: Arc<GuestMemory>,
+    tags: Option<Box<dyn TagStore>>,
+}
+
+impl GuestPages {
+    /// The pages of `memory`, with `tags` if its guest has MTE.
+    pub fn new(memory: Arc<GuestMemory>, tags: Option<Box<dyn TagStore>>) -> Self {
+        Self { memory, tags }
+    }
+
+    /// The memory.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    fn metadata(&self) -> Metadata {
+        match self.tags {
+            Some(_) => Metadata::ArmMte,
+            None => Metadata::None,
+        }
+    }
+
+    /// The pages of RAM.
+    fn all(&self) -> Range<u64> {
+        pages(RAM_START..RAM_START + self.memory.size())
+    }
+
+    /// Refuses pages that are not RAM, whatever they are.
+    fn check(&self, wanted: &Range<u64>) -> io::Result<()> {
+        let all = self.all();
+        if wanted.start < all.start || wanted.end > all.end || wanted.start > wanted.end {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "they are not memory of this machine, whose pages are {:#x} to {:#x}",
+                    all.start,
+                    all.end - 1
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn pages(addresses: Range<u64>) -> Range<u64> {
+    addresses.start / PAGE_SIZE..addresses.end / PAGE_SIZE
+}
+
+fn address(page: u64) -> GuestAddress {
+    GuestAddress(page * PAGE_SIZE)
+}
+
+impl PageSource for GuestPages {
+    fn metadata(&self) -> Metadata {
+        self.metadata()
+    }
+
+    fn next_run(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        let all = self.all();
+        let from = from.max(all.start);
+        if from >= all.end {
+            return Ok(None);
+        }
+        let rest = from * PAGE_SIZE..all.end * PAGE_SIZE;
+        self.memory
+            .populated(rest)
+            .next()
+            .map(|run| run.map(pages))
+            .transpose()
+    }
+
+    fn read(&self, first: u64, data: &mut [Page], tags: &mut [TagPage]) -> io::Result<()> {
+        self.check(&(first..first.saturating_add(data.len() as u64)))?;
+        let ram = self.memory.ram();
+        ram.read_slice(data.as_flattened_mut(), address(first))
+            .map_err(io::Error::other)?;
+        match &self.tags {
+            Some(store) => store
+                .read_populated(address(first).0, tags)
+                .map_err(io::Error::other),
+            None => Ok(()),
+        }
+    }
+}
+
+impl PageSink for GuestPages {
+    fn metadata(&self) -> Metadata {
+        self.metadata()
+    }
+
+    /// No vCPU runs: between a page's data and its tags there is a moment.
+    fn place(&self, batch: &Batch) -> io::Result<()> {
+        for run in batch.runs() {
+            self.check(&run.pages())?;
+        }
+        let ram = self.memory.ram();
+        for run in batch.runs() {
+            let at = address(run.first);
+            ram.write_slice(run.data.as_flattened(), at)
+                .map_err(io::Error::other)?;
+            if let Some(store) = &self.tags {
+                store.write(at.0, run.tags).map_err(io::Error::other)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn discard(&self, gone: Range<u64>) -> io::Result<()> {
+        self.check(&gone)?;
+        self.memory
+            .discard(gone.start * PAGE_SIZE..gone.end * PAGE_SIZE)
+    }
+}
