@@ -8,6 +8,7 @@ mod configuration;
 mod control;
 mod life;
 mod name;
+mod restore;
 mod run;
 mod signals;
 
@@ -45,6 +46,8 @@ enum Command {
     Check(check::Args),
     /// Starts a machine and runs it to its end.
     Run(Box<run::Args>),
+    /// Takes up a machine from a snapshot, with all of its tags, and runs it to its end.
+    Restore(restore::Args),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
             check::check(&args)
         }
         Command::Run(args) => run::run(*args),
+        Command::Restore(args) => restore::restore(args),
     };
     result.unwrap_or_else(|e| {
         // `eprintln!` panics where nobody reads standard error.

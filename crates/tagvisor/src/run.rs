@@ -18,7 +18,8 @@ use crate::signals::EndingSignals;
 /// The machine was ended from outside, before its guest ended it.
 const ENDED_FROM_OUTSIDE: u8 = 3;
 
-const EXIT_STATUS: &str = "\
+/// What the program's exit statuses mean.
+pub const EXIT_STATUS: &str = "\
 Exit status:
   0  the guest switched the machine off (or reset it, with --no-reboot)
   1  the machine could not be started, or could not go on; standard error says why
@@ -97,7 +98,8 @@ fn parse_tag_access(text: &str) -> Result<TagAccess, String> {
     }
 }
 
-fn parse_console(text: &str) -> Result<ConsoleConfig, String> {
+/// Reads `--console`.
+pub fn parse_console(text: &str) -> Result<ConsoleConfig, String> {
     text.to_owned().try_into()
 }
 

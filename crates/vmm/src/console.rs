@@ -562,7 +562,7 @@ mod tests {
     #[test]
     fn a_console_file_waits_for_its_reader_once_it_is_open() {
         let folder = tempfile::tempdir().unwrap();
-        let file = create(&folder.path().join("log")).unwrap();
+        let file = create(&folder.path().join("log"), false).unwrap();
 
         // SAFETY: reads the flags of an open descriptor.
         let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };

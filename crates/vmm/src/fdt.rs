@@ -365,7 +365,7 @@ mod tests {
         let gic = "/interrupt-controller@8000000";
         assert_eq!(text(&tree, gic, "compatible"), "arm,gic-v3\0");
         assert_eq!(cells(&tree, gic, "#interrupt-cells"), [3]);
-        assert_eq!(value(&tree, gic, "interrupt-controller"), []);
+        assert!(value(&tree, gic, "interrupt-controller").is_empty());
         assert_eq!(
             cells(&tree, gic, "reg"),
             [0, 0x800_0000, 0, 0x1_0000, 0, 0x1000_0000, 0, 4 * 0x2_0000]
@@ -376,7 +376,7 @@ mod tests {
     fn timers_and_pmu_interrupt_each_cpu_by_its_own_level_triggered_line() {
         let tree = device_tree(&machine("")).unwrap();
         assert_eq!(text(&tree, "/timer", "compatible"), "arm,armv8-timer\0");
-        assert_eq!(value(&tree, "/timer", "always-on"), []);
+        assert!(value(&tree, "/timer", "always-on").is_empty());
         assert_eq!(
             cells(&tree, "/timer", "interrupts"),
             [1, 13, 4, 1, 14, 4, 1, 11, 4, 1, 10, 4]
@@ -424,7 +424,7 @@ mod tests {
         assert_eq!(text(&tree, second, "compatible"), "virtio,mmio\0");
         assert_eq!(cells(&tree, second, "reg"), [0, 0xa00_1000, 0, 0x1000]);
         assert_eq!(cells(&tree, second, "interrupts"), [0, 17, 4]);
-        assert_eq!(value(&tree, second, "dma-coherent"), []);
+        assert!(value(&tree, second, "dma-coherent").is_empty());
     }
 
     #[test]

@@ -217,3 +217,43 @@ pub fn mte(vcpu: &impl Vcpu) -> engine::Result<MteFeatures> {
         vcpu.register_u64(RegisterId::ID_AA64PFR2_EL1)?,
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use engine::{PendingSError, PowerState, RegisterValue};
+
+    use super::*;
+
+    fn state(registers: &[(u8, u8, u64)]) -> VcpuState {
+        let registers = registers.iter().map(|(crm, op2, value)| RegisterValue {
+            id: RegisterId::system(3, 0, 0, *crm, *op2),
+            value: value.to_le_bytes().into(),
+        });
+        VcpuState {
+            registers: registers.collect(),
+            power: PowerState::On,
+            serror: PendingSError::default(),
+        }
+    }
+
+    #[test]
+    fn features_are_told_by_name_and_those_that_are_not_there_are_not() {
+        // PFR0: no floating point (15), Advanced SIMD with half precision (1), SVE; PFR1: MTE3.
+        let state = state(&[(4, 0, 1 << 32 | 1 << 20 | 0xf << 16), (4, 1, 3 << 8)]);
+        let names: Vec<String> = features_of(&state)
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+
+        assert_eq!(names, ["Advanced SIMD (level 2)", "SVE", "MTE (level 3)"]);
+    }
+
+    #[test]
+    fn a_register_of_another_size_than_a_register_has_is_not_looked_at() {
+        let mut state = state(&[(4, 1, 3 << 8)]);
+        state.registers[0].value.truncate(3);
+
+        assert_eq!(features_of(&state), []);
+        assert_eq!(mte_of(&state), MteFeatures::NONE);
+    }
+}

@@ -141,3 +141,74 @@ impl<S: PageSource> PageSource for DirtySource<'_, S> {
         self.source.read(first, data, tags)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    struct Nothing;
+
+    impl PageSource for Nothing {
+        fn metadata(&self) -> Metadata {
+            Metadata::None
+        }
+        fn next_run(&self, _: u64) -> io::Result<Option<Range<u64>>> {
+            Ok(None)
+        }
+        fn read(&self, _: u64, _: &mut [Page], _: &mut [TagPage]) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The pages of a source, counted from the start of RAM.
+    fn listed(source: &impl PageSource) -> Vec<u64> {
+        let mut pages = Vec::new();
+        let mut from = 0;
+        while let Some(run) = source.next_run(from).unwrap() {
+            from = run.end;
+            pages.extend(run.map(|page| page - RAM_START / PAGE_SIZE));
+        }
+        pages
+    }
+
+    proptest! {
+        #[test]
+        fn a_source_of_dirty_pages_has_those_and_no_others(
+            size in 1u64..400,
+            pages in prop::collection::btree_set(0u64..400, 0..80),
+        ) {
+            let mut dirty = DirtyPages::none(size * PAGE_SIZE);
+            let mut bitmap = vec![0u64; 7];
+            for page in &pages {
+                bitmap[(page / 64) as usize] |= 1 << (page % 64);
+            }
+            dirty.add_pages(&bitmap);
+
+            let expected: Vec<u64> = pages.into_iter().filter(|page| *page < size).collect();
+            prop_assert_eq!(dirty.len(), expected.len() as u64);
+            prop_assert_eq!(listed(&DirtySource::new(&Nothing, &dirty)), expected);
+        }
+    }
+
+    #[test]
+    fn what_guest_and_vmm_wrote_is_put_together() {
+        let mut dirty = DirtyPages::none(128 * PAGE_SIZE);
+        dirty.add_pages(&[1 << 3, 1]);
+        let mut other = DirtyPages::none(128 * PAGE_SIZE);
+        other.add_pages(&[1 << 63, 0]);
+        dirty.add(&other);
+
+        assert_eq!(listed(&DirtySource::new(&Nothing, &dirty)), [3, 63, 64]);
+    }
+
+    #[test]
+    fn a_dirty_page_of_a_larger_host_page_makes_all_of_it_dirty() {
+        let mut dirty = DirtyPages::none(40 * PAGE_SIZE);
+        dirty.add_blocks(&[0b101], 16);
+
+        let expected: Vec<u64> = (0..16).chain(32..40).collect();
+        assert_eq!(listed(&DirtySource::new(&Nothing, &dirty)), expected);
+    }
+}

@@ -130,3 +130,77 @@ impl PageSink for GuestPages {
             .discard(gone.start * PAGE_SIZE..gone.end * PAGE_SIZE)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::MemoryPlan;
+
+    const FIRST: u64 = RAM_START / PAGE_SIZE;
+    const PLAN: MemoryPlan = MemoryPlan {
+        memory_file: true,
+        huge_pages: false,
+        tags: None,
+    };
+
+    fn memory(plan: MemoryPlan) -> GuestPages {
+        GuestPages::new(Arc::new(GuestMemory::new(4 << 20, plan).unwrap()), None)
+    }
+
+    fn batch(numbers: &[u64]) -> Batch {
+        let mut batch = Batch::new(Metadata::None);
+        for number in numbers {
+            batch.push(*number, &[*number as u8; 4096], None).unwrap();
+        }
+        batch
+    }
+
+    fn first_byte(pages: &GuestPages, page: u64) -> u8 {
+        let mut data = [[0; 4096]];
+        pages.read(page, &mut data, &mut []).unwrap();
+        data[0][0]
+    }
+
+    #[test]
+    fn pages_are_placed_by_their_number() {
+        let pages = memory(PLAN);
+        pages
+            .place(&batch(&[FIRST, FIRST + 7, FIRST + 1023]))
+            .unwrap();
+
+        assert_eq!(first_byte(&pages, FIRST + 7), (FIRST + 7) as u8);
+        assert_eq!(first_byte(&pages, FIRST + 1023), (FIRST + 1023) as u8);
+        assert_eq!(pages.next_run(0).unwrap().unwrap().start, FIRST);
+    }
+
+    #[test]
+    fn a_batch_with_a_page_that_is_no_ram_places_none() {
+        let pages = memory(PLAN);
+        for numbers in [
+            [FIRST - 1, FIRST],
+            [FIRST, FIRST + 1024],
+            [FIRST, (1 << 52) - 1],
+        ] {
+            let refusal = pages.place(&batch(&numbers)).unwrap_err();
+            assert_eq!(refusal.kind(), io::ErrorKind::InvalidInput);
+        }
+        assert_eq!(pages.next_run(0).unwrap(), None);
+    }
+
+    #[test]
+    fn discarded_pages_are_holes_again_and_others_stay() {
+        for memory_file in [true, false] {
+            let pages = memory(MemoryPlan {
+                memory_file,
+                ..PLAN
+            });
+            pages.place(&batch(&[FIRST + 511, FIRST + 512])).unwrap();
+            pages.discard(FIRST + 512..FIRST + 1024).unwrap();
+
+            assert_eq!(first_byte(&pages, FIRST + 511), (FIRST + 511) as u8);
+            assert_eq!(pages.next_run(FIRST + 512).unwrap(), None);
+            assert!(pages.discard(FIRST + 1024..FIRST + 1025).is_err());
+            assert!(pages.discard(0..u64::MAX).is_err());
+        }
+    }
+}
