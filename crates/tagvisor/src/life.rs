@@ -402,7 +402,7 @@ where
         }
     }
 
-    /// Builds the machine of the configuration. It runs from the next turn on.
+    /// Builds the machine of the configuration.
     fn boot(&mut self) -> Result<(), Error> {
         let hypervisor = self.hypervisor;
         let Some(tenant) = &mut self.tenant else {
@@ -413,11 +413,14 @@ where
             none => none.insert(Console::open(&tenant.config.console)?),
         };
         let machine = Machine::new(hypervisor, &tenant.config, console)?;
-        self.move_in(machine, VmState::Running);
-        Ok(())
+        self.move_in(machine, VmState::Running)
     }
 
-    fn move_in(&mut self, machine: Machine<H>, state: VmState) {
+    /// The machine is built: its guest runs from here on, if it is to.
+    fn move_in(&mut self, mut machine: Machine<H>, state: VmState) -> Result<(), Error> {
+        if state == VmState::Running && !self.shared.has_ended() {
+            machine.resume()?;
+        }
         let mut known = self.shared.known();
         known.machine = Some(machine.handle());
         if let Some(info) = &mut known.info {
@@ -428,6 +431,7 @@ where
         if let Some(tenant) = &mut self.tenant {
             tenant.machine = Some(machine);
         }
+        Ok(())
     }
 
     /// Ends the machine, its disks flushed.
@@ -569,15 +573,12 @@ where
             Machine::restored(hypervisor, &tenant.config, &saved.state, console, |pages| {
                 Ok(stream::restore(snapshot, pages, threads)?)
             })?;
-        self.move_in(
-            machine,
-            if paused {
-                VmState::Paused
-            } else {
-                VmState::Running
-            },
-        );
-        Ok(())
+        let state = if paused {
+            VmState::Paused
+        } else {
+            VmState::Running
+        };
+        self.move_in(machine, state)
     }
 }
 

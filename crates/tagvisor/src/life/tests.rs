@@ -10,6 +10,7 @@ use engine::{
     Capabilities, Exit, GicLayout, Interrupter, Memslot, Ppi, RegisterId, RegisterList, Spi,
     SystemEvent, TagCopyResult, Vcpu, VcpuFeatures,
 };
+use stream::Compression;
 use tempfile::TempDir;
 use vmm::config::{MemorySize, MteConfig};
 use vmm::console::ConsoleConfig;
@@ -32,6 +33,8 @@ struct Scripted {
 }
 
 struct Story {
+    /// Its guests never end.
+    endless: bool,
     resets: usize,
     asked_while: Moment,
     vmm: Life,
@@ -128,6 +131,10 @@ impl Vcpu for ScriptedVcpu {
     type Interrupter = NoInterrupter;
     fn run(&mut self) -> engine::Result<Exit<'_>> {
         self.story.runs.fetch_add(1, Ordering::SeqCst);
+        if self.story.endless {
+            thread::sleep(Duration::from_millis(1));
+            return Ok(Exit::Interrupted);
+        }
         if !std::mem::replace(&mut self.has_spoken, true) {
             return Ok(Exit::MmioWrite {
                 ipa: layout::SERIAL,
@@ -178,10 +185,14 @@ struct Trial {
     orders: Mutex<Option<Orders>>,
     config: MachineConfig,
     console: PathBuf,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 fn life(resets: usize, asked_while: Moment) -> Trial {
+    trial(resets, asked_while, false)
+}
+
+fn trial(resets: usize, asked_while: Moment, endless: bool) -> Trial {
     let folder = tempfile::tempdir().unwrap();
     let payload = folder.path().join("payload");
     fs::write(&payload, [0; 4]).unwrap();
@@ -195,6 +206,7 @@ fn life(resets: usize, asked_while: Moment) -> Trial {
     };
     let (vmm, orders) = Life::new();
     let story = Story {
+        endless,
         resets,
         asked_while,
         vmm,
@@ -220,15 +232,51 @@ fn life(resets: usize, asked_while: Moment) -> Trial {
         },
         config,
         console,
-        _folder: folder,
+        folder,
     }
 }
 
 impl Trial {
     fn run(&self) -> Ending {
+        self.begin(Beginning::Boot(self.config.clone()))
+    }
+
+    fn begin(&self, beginning: Beginning) -> Ending {
         let orders = self.orders.lock().unwrap().take().unwrap();
-        let beginning = Beginning::Boot(self.config.clone());
         orders.carry_out(&self.hypervisor, beginning).unwrap()
+    }
+
+    /// Runs a VMM and does `what` with it meanwhile, then ends it.
+    fn meanwhile<T>(&self, beginning: Beginning, what: impl FnOnce(&dyn Vmm) -> T) -> T {
+        let vmm = &self.hypervisor.story.vmm;
+        thread::scope(|scope| {
+            let running = scope.spawn(|| self.begin(beginning));
+            let done = what(vmm);
+            vmm.shut_down_vmm();
+            assert_eq!(running.join().unwrap(), Ending::Asked);
+            done
+        })
+    }
+
+    fn boot(&self) -> Beginning {
+        Beginning::Boot(self.config.clone())
+    }
+
+    fn snapshot_request(&self, name: &str) -> SnapshotRequest {
+        SnapshotRequest {
+            file: self.folder.path().join(name),
+            base: None,
+            compression: Compression::None,
+        }
+    }
+
+    fn restore_request(&self, name: &str) -> RestoreRequest {
+        RestoreRequest {
+            file: self.folder.path().join(name),
+            bases: Vec::new(),
+            lazy: false,
+            paused: false,
+        }
     }
 
     fn vms(&self) -> usize {
@@ -294,4 +342,182 @@ fn a_wish_to_end_that_comes_during_a_reset_builds_no_further_machine() {
 
     assert_eq!(life.run(), Ending::Asked);
     assert_eq!(life.vms(), 1);
+}
+
+/// A guest that never ends.
+fn endless() -> Trial {
+    trial(0, Moment::Never, true)
+}
+
+#[test]
+fn a_paused_guest_stands_still_until_it_is_resumed() {
+    let life = endless();
+    life.meanwhile(life.boot(), |vmm| {
+        vmm.pause().unwrap();
+        let before = life.runs();
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(life.runs(), before);
+        assert_eq!(vmm.info().unwrap().state, VmState::Paused);
+
+        vmm.resume().unwrap();
+        while life.runs() == before {
+            thread::yield_now();
+        }
+        assert_eq!(vmm.info().unwrap().state, VmState::Running);
+    });
+}
+
+#[test]
+fn an_order_that_comes_at_the_wrong_time_is_refused_with_what_the_machine_is() {
+    let life = endless();
+    life.meanwhile(Beginning::Empty, |vmm| {
+        assert_eq!(vmm.info(), Err(Refusal::NoVm));
+        assert_eq!(vmm.boot(), Err(Refusal::NoVm));
+        assert_eq!(vmm.delete(), Err(Refusal::NoVm));
+        vmm.create(life.config.clone()).unwrap();
+        assert_eq!(vmm.create(life.config.clone()), Err(Refusal::VmExists));
+        let refusal = vmm.pause().unwrap_err().to_string();
+        assert_eq!(refusal, "the VM is not booted: it cannot be paused now");
+        vmm.boot().unwrap();
+        let refusal = vmm.resume().unwrap_err().to_string();
+        assert_eq!(refusal, "the VM is running: it cannot be resumed now");
+        vmm.shutdown().unwrap();
+        let refusal = vmm.snapshot(life.snapshot_request("file")).unwrap_err();
+        assert_eq!(
+            refusal.to_string(),
+            "the VM is shut down: it cannot be saved now"
+        );
+    });
+}
+
+#[test]
+fn a_machine_that_was_shut_down_boots_again_and_one_that_was_deleted_makes_room() {
+    let life = endless();
+    life.meanwhile(Beginning::Empty, |vmm| {
+        vmm.create(life.config.clone()).unwrap();
+        vmm.boot().unwrap();
+        vmm.shutdown().unwrap();
+        vmm.boot().unwrap();
+        vmm.reboot().unwrap();
+        vmm.delete().unwrap();
+        vmm.create(life.config.clone()).unwrap();
+        vmm.boot().unwrap();
+    });
+    assert_eq!(life.vms(), 4);
+}
+
+#[test]
+fn a_vmm_that_stays_outlives_its_guest() {
+    let life = life(0, Moment::Never);
+    life.meanwhile(Beginning::Empty, |vmm| {
+        vmm.create(life.config.clone()).unwrap();
+        vmm.boot().unwrap();
+        while vmm.info().unwrap().state != VmState::Shutdown {
+            thread::yield_now();
+        }
+    });
+}
+
+#[test]
+fn a_machine_is_saved_while_it_runs_and_taken_up_by_another() {
+    let life = endless();
+    let report = life.meanwhile(life.boot(), |vmm| {
+        let report = vmm.snapshot(life.snapshot_request("file")).unwrap();
+        assert_eq!(vmm.info().unwrap().state, VmState::Running);
+        report
+    });
+    assert!(report.pages > 0);
+    assert!(report.blackout_us > 0);
+
+    let other = endless();
+    let request = RestoreRequest {
+        paused: true,
+        ..life.restore_request("file")
+    };
+    other.meanwhile(Beginning::Empty, |vmm| {
+        vmm.restore(request).unwrap();
+        assert_eq!(
+            (vmm.info().unwrap().state, other.runs()),
+            (VmState::Paused, 0)
+        );
+        vmm.resume().unwrap();
+        let again = vmm.snapshot(life.snapshot_request("again")).unwrap();
+        assert_eq!(again.pages, report.pages);
+    });
+}
+
+#[test]
+fn a_snapshot_on_a_base_has_what_changed_and_is_restored_with_it() {
+    let life = endless();
+    life.meanwhile(life.boot(), |vmm| {
+        vmm.snapshot(life.snapshot_request("whole")).unwrap();
+        let delta = SnapshotRequest {
+            base: Some(life.folder.path().join("whole")),
+            ..life.snapshot_request("delta")
+        };
+        assert_eq!(vmm.snapshot(delta).unwrap().pages, 0);
+    });
+
+    endless().meanwhile(Beginning::Empty, |vmm| {
+        vmm.restore(life.restore_request("delta")).unwrap();
+    });
+    fs::remove_file(life.folder.path().join("whole")).unwrap();
+    endless().meanwhile(Beginning::Empty, |vmm| {
+        let refusal = vmm.restore(life.restore_request("delta")).unwrap_err();
+        assert!(
+            refusal.to_string().contains("give that one as its base"),
+            "{refusal}"
+        );
+        assert_eq!(vmm.info(), Err(Refusal::NoVm));
+    });
+}
+
+#[test]
+fn a_snapshot_takes_the_place_of_an_older_one_and_of_nothing_else() {
+    let life = endless();
+    fs::write(life.folder.path().join("file"), "old").unwrap();
+    fs::create_dir(life.folder.path().join("folder")).unwrap();
+    life.meanwhile(life.boot(), |vmm| {
+        vmm.snapshot(life.snapshot_request("file")).unwrap();
+        let refusal = vmm.snapshot(life.snapshot_request("folder")).unwrap_err();
+        assert!(refusal.to_string().contains("no regular file"), "{refusal}");
+        let refusal = vmm
+            .snapshot(life.snapshot_request("nowhere/file"))
+            .unwrap_err();
+        assert!(
+            refusal
+                .to_string()
+                .contains("cannot create a file beside it"),
+            "{refusal}"
+        );
+        assert_eq!(vmm.info().unwrap().state, VmState::Running);
+    });
+    let mut left: Vec<_> = fs::read_dir(life.folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["console", "file", "folder", "payload"]);
+}
+
+#[test]
+fn what_is_no_snapshot_of_a_machine_is_refused() {
+    let life = endless();
+    fs::write(
+        life.folder.path().join("text"),
+        "not a snapshot, whatever its name is. It is long enough for a header.",
+    )
+    .unwrap();
+    life.meanwhile(Beginning::Empty, |vmm| {
+        let refusal = vmm.restore(life.restore_request("text")).unwrap_err();
+        assert!(
+            refusal
+                .to_string()
+                .contains("no Tagvisor page stream or snapshot"),
+            "{refusal}"
+        );
+        let refusal = vmm.restore(life.restore_request("missing")).unwrap_err();
+        assert!(refusal.to_string().contains("No such file"), "{refusal}");
+        assert_eq!(vmm.info(), Err(Refusal::NoVm));
+    });
 }
