@@ -3,7 +3,9 @@
 // On other machines the program only says where it would run. Its parts are compiled and tested there all the same.
 #![cfg_attr(not(target_arch = "aarch64"), allow(dead_code))]
 
+mod api;
 mod check;
+mod commands;
 mod configuration;
 mod control;
 mod life;
@@ -48,19 +50,50 @@ enum Command {
     Run(Box<run::Args>),
     /// Takes up a machine from a snapshot, with all of its tags, and runs it to its end.
     Restore(restore::Args),
+    /// Starts a VMM without a machine, to be driven over its control socket.
+    Api(commands::api::Args),
+    /// Lists the machines that run.
+    Ls(commands::ls::Args),
+    /// Says what a machine is and does.
+    Info(commands::info::Args),
+    /// Stops a machine's guest where it is.
+    Pause(commands::Named),
+    /// Lets a paused guest go on.
+    Resume(commands::Named),
+    /// Ends a machine, as pulling its plug does, with its disks flushed, and waits until it is gone.
+    Stop(commands::stop::Args),
+    /// Ends the process of a machine at once, whatever it does.
+    Kill(commands::Named),
+    /// Writes a machine to a file, with its memory and tags, while it runs.
+    Snapshot(commands::snapshot::Args),
+}
+
+impl Command {
+    const fn runs_machines(&self) -> bool {
+        matches!(self, Self::Run(_) | Self::Restore(_) | Self::Api(_))
+    }
 }
 
 fn main() -> ExitCode {
     init_log();
-    let result = match Cli::parse().command {
-        Command::Check(args) => {
-            // A reader who leaves early (`tagvisor check | head`) ends us as any other program, not by a panic.
-            // It does not end a machine that runs.
-            signals::restore_broken_pipe();
-            check::check(&args)
-        }
+    let command = Cli::parse().command;
+    if !command.runs_machines() {
+        // A reader who leaves early (`tagvisor check | head`) ends us as any other program, not by a panic.
+        // It does not end a machine that runs.
+        signals::restore_broken_pipe();
+    }
+    let result = match command {
+        Command::Check(args) => check::check(&args),
         Command::Run(args) => run::run(*args),
         Command::Restore(args) => restore::restore(args),
+        Command::Api(args) => commands::api::api(&args),
+        Command::Ls(args) => commands::ls::ls(&args),
+        Command::Info(args) => commands::info::info(&args),
+        Command::Pause(named) => commands::pause(&named),
+        Command::Resume(named) => commands::resume(&named),
+        Command::Stop(args) => commands::stop::stop(&args),
+        Command::Kill(named) => commands::kill::kill(&named),
+        Command::Snapshot(args) => commands::snapshot::snapshot(args),
     };
     result.unwrap_or_else(|e| {
         // `eprintln!` panics where nobody reads standard error.

@@ -4,12 +4,20 @@
 //! `/run/tagvisor` or, for an ordinary user, `$XDG_RUNTIME_DIR/tagvisor`. The kernel drops the lock
 //! when the program dies, however it dies, so what a killed machine left behind is in nobody's way.
 //! The file goes with the machine, so the lock counts only while the file that is locked is the one
-//! that is there ([`is_at`]).
+//! that is there ([`is_at`]). The machine's control socket is beside it, `NAME/api.sock`.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+/// How often a lock is tried that somebody holds: who only asks whether a machine runs holds it for a moment.
+const LOCK_TRIES: u32 = 5;
+
+/// How long to wait between two tries.
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Why a name cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -82,7 +90,7 @@ impl Name {
                 continue;
             };
             before_lock();
-            lock.try_lock().map_err(|e| match e {
+            try_lock(&lock).map_err(|e| match e {
                 TryLockError::WouldBlock => Error::InUse {
                     name: name.into(),
                     holder: fs::read_to_string(lock_path(&directory)).unwrap_or_default(),
@@ -99,10 +107,20 @@ impl Name {
         Ok(Self { directory, lock })
     }
 
+    /// Where the machine's control socket belongs.
+    pub fn socket(&self) -> PathBuf {
+        socket_path(&self.directory)
+    }
+
     fn give_back(&self) -> io::Result<()> {
         // Whoever removed the file left the name to others.
         if !is_at(&self.lock, &lock_path(&self.directory))? {
             return Ok(());
+        }
+        // Its server removes it before, unless it was killed.
+        match fs::remove_file(self.socket()) {
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
+            _ => {}
         }
         fs::remove_file(lock_path(&self.directory))?;
         match fs::remove_dir(&self.directory) {
@@ -126,6 +144,123 @@ impl Drop for Name {
 
 fn lock_path(directory: &Path) -> PathBuf {
     directory.join("lock")
+}
+
+fn socket_path(directory: &Path) -> PathBuf {
+    directory.join("api.sock")
+}
+
+fn try_lock(lock: &File) -> Result<(), TryLockError> {
+    for _ in 1..LOCK_TRIES {
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) => thread::sleep(LOCK_PAUSE),
+            result => return result,
+        }
+    }
+    lock.try_lock()
+}
+
+/// A machine that runs, as others find it.
+#[derive(Debug)]
+pub struct Running {
+    /// Its name.
+    pub name: String,
+    directory: PathBuf,
+    lock: File,
+}
+
+impl Running {
+    /// The machine `name`, if it runs.
+    ///
+    /// # Errors
+    /// The runtime directory cannot be read.
+    pub fn find(runtime: &Path, name: &str) -> Result<Option<Self>, Error> {
+        if !is_valid(name) {
+            return Err(Error::Invalid(name.into()));
+        }
+        let directory = runtime.join(name);
+        let opened = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(lock_path(&directory));
+        let lock = match opened {
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Ok(None);
+            }
+            lock => lock.map_err(|source| Error::Directory {
+                path: directory.clone(),
+                source,
+            })?,
+        };
+        let running = Self {
+            name: name.into(),
+            directory,
+            lock,
+        };
+        Ok(running.is_running().then_some(running))
+    }
+
+    /// All machines that run, by their names.
+    ///
+    /// # Errors
+    /// The runtime directory cannot be read.
+    pub fn all(runtime: &Path) -> Result<Vec<Self>, Error> {
+        let error = |source| Error::Directory {
+            path: runtime.into(),
+            source,
+        };
+        let entries = match fs::read_dir(runtime) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(error)?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(error)?.file_name();
+            if let Some(name) = name.to_str().filter(|name| is_valid(name)) {
+                found.extend(Self::find(runtime, name)?);
+            }
+        }
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
+    }
+
+    /// Whether it still does: somebody holds its lock.
+    pub fn is_running(&self) -> bool {
+        match self.lock.try_lock_shared() {
+            Err(TryLockError::WouldBlock) => true,
+            Err(TryLockError::Error(_)) => false,
+            Ok(()) => {
+                let _ = self.lock.unlock();
+                false
+            }
+        }
+    }
+
+    /// Its control socket.
+    pub fn socket(&self) -> PathBuf {
+        socket_path(&self.directory)
+    }
+
+    /// Its process, as it says itself.
+    pub fn process(&self) -> Option<i32> {
+        let text = fs::read_to_string(lock_path(&self.directory)).ok()?;
+        text.trim().parse().ok().filter(|id| *id > 0)
+    }
+
+    /// Whether the process `id` has the lock's file open, so that it is not just another one that was given the number
+    /// of one that died.
+    pub fn is_of(&self, id: i32) -> io::Result<bool> {
+        let lock = self.lock.metadata()?;
+        for entry in fs::read_dir(format!("/proc/{id}/fd"))? {
+            // A descriptor may be closed meanwhile.
+            if let Ok(file) = fs::metadata(entry?.path())
+                && (file.dev(), file.ino()) == (lock.dev(), lock.ino())
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
 }
 
 /// Opens the lock file of a directory, and makes both if need be. `None` if the directory's last
@@ -163,9 +298,9 @@ fn is_valid(name: &str) -> bool {
     (1..=64).contains(&name.len()) && name.chars().all(allowed) && !name.starts_with(['-', '.'])
 }
 
-fn runtime_directory() -> PathBuf {
-    // SAFETY: a query without demands.
-    let root = unsafe { libc::geteuid() } == 0;
+/// Where this user's machines are.
+pub fn runtime_directory() -> PathBuf {
+    let root = rustix::process::geteuid().is_root();
     match std::env::var_os("XDG_RUNTIME_DIR") {
         Some(directory) if !root && !directory.is_empty() => {
             PathBuf::from(directory).join("tagvisor")

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Args as ClapArgs;
 use vmm::config::{DiskConfig, MachineConfig, MemorySize, MteConfig, NetConfig, PortConfig};
@@ -9,6 +10,7 @@ use vmm::console::ConsoleConfig;
 use vmm::machine::Ending;
 use vmm::memory::TagAccess;
 
+use crate::api::serve;
 use crate::configuration;
 use crate::control::Vmm;
 use crate::life::{Beginning, Life, Orders};
@@ -152,7 +154,7 @@ pub fn run(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
     until_its_end(&kvm, name.as_deref(), Beginning::Boot(config))
 }
 
-/// Runs a VMM that has a name, until it is told to end or its guest ends.
+/// Runs a VMM that has a name, and under it a control socket, until it is told to end or its guest ends.
 ///
 /// # Errors
 /// The name cannot be had; its machine cannot be started, or cannot go on.
@@ -164,13 +166,34 @@ pub fn until_its_end(
     let default_name = format!("tagvisor-{}", std::process::id());
     // Before any thread is started: they inherit what is blocked.
     let signals = EndingSignals::block()?;
-    let _name = Name::take(name.unwrap_or(&default_name))?;
-    let (life, orders) = Life::new();
-    signals.on_first(move || life.shut_down_vmm())?;
-    Ok(match carry_out(kvm, orders, beginning)? {
+    let name = Name::take(name.unwrap_or(&default_name))?;
+    Ok(match serving(&name.socket(), signals, kvm, beginning)? {
         Ending::Off | Ending::Reset => ExitCode::SUCCESS,
         Ending::Asked | Ending::Interrupted => ENDED_FROM_OUTSIDE.into(),
     })
+}
+
+/// Runs a VMM without a machine, driven over `socket`, until it is told to end.
+///
+/// # Errors
+/// The socket cannot be had, or the host runs no machines.
+pub fn empty(kvm: &Path, socket: &Path) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let signals = EndingSignals::block()?;
+    serving(socket, signals, kvm, Beginning::Empty)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn serving(
+    socket: &Path,
+    signals: EndingSignals,
+    kvm: &Path,
+    beginning: Beginning,
+) -> Result<Ending, Box<dyn std::error::Error>> {
+    let (life, orders) = Life::new();
+    let on_signal = life.clone();
+    signals.on_first(move || on_signal.shut_down_vmm())?;
+    let _server = serve(socket, Arc::new(life))?;
+    carry_out(kvm, orders, beginning)
 }
 
 #[cfg(target_arch = "aarch64")]

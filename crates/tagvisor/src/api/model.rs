@@ -1,0 +1,734 @@
+//! What the bodies of requests and answers say: Cloud Hypervisor's names, and ours for what it lacks.
+//!
+//! A machine's configuration is Cloud Hypervisor's `VmConfig`. Of its many fields those that Tagvisor knows have a place
+//! here; any other is let pass if it asks for nothing (`null`, `false`, nothing in a list) or for what a machine has
+//! anyway, and is refused by its name if it asks for more.
+
+use std::path::PathBuf;
+
+use mte::MteLevel;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use stream::Compression;
+use vmm::config::{
+    DiskConfig as Disk, MachineConfig, MemorySize, MteConfig, NetConfig as Net, PortConfig,
+};
+use vmm::console::ConsoleConfig as Console;
+use vmm::memory::TagAccess;
+
+use crate::control::{self, RestoreRequest, SnapshotRequest, VmState, Work};
+
+/// The file of a snapshot whose URL names a directory, as Cloud Hypervisor's URLs do.
+const SNAPSHOT_FILE: &str = "tagvisor.snapshot";
+
+/// A body that asks for what cannot be done.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{field}`: {why}")]
+pub struct Invalid {
+    field: String,
+    why: String,
+}
+
+fn invalid(field: impl Into<String>, why: impl Into<String>) -> Invalid {
+    Invalid {
+        field: field.into(),
+        why: why.into(),
+    }
+}
+
+/// Fields that have no place here.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Rest(Map<String, Value>);
+
+impl Rest {
+    /// Refuses what asks for more than a machine has: `granted` says for which fields a machine has which values.
+    fn refuse(&self, path: &str, granted: &[(&str, &[Value])]) -> Result<(), Invalid> {
+        let asks = |(name, value): &(&String, &Value)| {
+            let is_granted =
+                |(field, values): &(&str, &[Value])| field == name && values.contains(value);
+            !asks_for_nothing(value) && !granted.iter().any(is_granted)
+        };
+        match self.0.iter().find(asks) {
+            None => Ok(()),
+            Some((name, value)) => Err(invalid(
+                format!("{path}{name}"),
+                format!("Tagvisor cannot do that (it is {})", shortened(value)),
+            )),
+        }
+    }
+}
+
+fn asks_for_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.values().all(asks_for_nothing),
+        _ => false,
+    }
+}
+
+/// A value for people: no more of it than fits a line.
+fn shortened(value: &Value) -> String {
+    const LONGEST: usize = 60;
+    let text = value.to_string();
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+/// The VMM, which answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PingResponse {
+    /// Program and version.
+    pub build_version: String,
+    /// Its version.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// What it was built with.
+    pub features: Vec<String>,
+}
+
+impl PingResponse {
+    pub fn of_this_process() -> Self {
+        let version = env!("CARGO_PKG_VERSION");
+        Self {
+            build_version: format!("tagvisor-{version}"),
+            version: version.into(),
+            pid: std::process::id(),
+            features: vec!["kvm".into(), "mte".into()],
+        }
+    }
+}
+
+/// A machine as it is now.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// Its configuration.
+    pub config: VmConfig,
+    /// Where it is in its life.
+    pub state: VmState,
+    /// Bytes of RAM.
+    pub memory_actual_size: u64,
+    /// Why the VMM paused it, if nobody asked for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The MTE that the guest sees, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mte: Option<String>,
+    /// What is done with it besides running it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub work: Option<Work>,
+}
+
+impl From<control::VmInfo> for VmInfo {
+    fn from(info: control::VmInfo) -> Self {
+        Self {
+            memory_actual_size: info.config.memory.0,
+            config: VmConfig::from(&info.config),
+            state: info.state,
+            reason: info.reason,
+            mte: info.mte,
+            work: info.work,
+        }
+    }
+}
+
+/// A machine's configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmConfig {
+    #[serde(default)]
+    pub cpus: CpusConfig,
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    #[serde(default)]
+    payload: Option<PayloadConfig>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    disks: Option<Vec<DiskConfig>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    net: Option<Vec<NetConfig>>,
+    #[serde(default)]
+    rng: RngConfig,
+    #[serde(default)]
+    serial: ConsoleConfig,
+    #[serde(default)]
+    console: ConsoleConfig,
+    /// Ours: the machine's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Ours: the memory tagging that the guest gets.
+    #[serde(default = "mte_on")]
+    mte: MteConfig,
+    /// Ours: how its tags are reached.
+    #[serde(default)]
+    tag_access: TagAccess,
+    /// Ours: ports for talk between host and guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ports: Option<Vec<Port>>,
+    /// Ours: the machine ends when its guest resets it.
+    #[serde(default)]
+    no_reboot: bool,
+    #[serde(flatten)]
+    rest: Rest,
+}
+
+const fn mte_on() -> MteConfig {
+    MteConfig::On
+}
+
+/// vCPUs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CpusConfig {
+    pub boot_vcpus: u32,
+    pub max_vcpus: u32,
+    #[serde(flatten)]
+    rest: Rest,
+}
+
+impl Default for CpusConfig {
+    fn default() -> Self {
+        Self::of(1)
+    }
+}
+
+impl CpusConfig {
+    fn of(count: u32) -> Self {
+        Self {
+            boot_vcpus: count,
+            max_vcpus: count,
+            rest: Rest::default(),
+        }
+    }
+
+    fn count(&self) -> Result<u32, Invalid> {
+        let granted = [
+            ("max_phys_bits", &[json!(46)][..]),
+            ("nested", &[json!(true)]),
+            ("core_scheduling", &[json!("Vm"), json!("Off")]),
+            ("profile", &[json!("Host"), json!("host")]),
+        ];
+        self.rest.refuse("cpus.", &granted)?;
+        if self.max_vcpus != self.boot_vcpus {
+            return Err(invalid(
+                "cpus.max_vcpus",
+                "Tagvisor adds no vCPUs to a running machine: it has to be the number of `boot_vcpus`",
+            ));
+        }
+        if self.boot_vcpus == 0 {
+            return Err(invalid("cpus.boot_vcpus", "a machine has at least one"));
+        }
+        Ok(self.boot_vcpus)
+    }
+}
+
+/// RAM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemoryConfig {
+    /// In bytes.
+    pub size: u64,
+    /// Whatever is asked for: it is always mapped so that its pages could be shared.
+    #[serde(default = "shared")]
+    shared: bool,
+    #[serde(default)]
+    hugepages: bool,
+    /// In bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    hugepage_size: Option<u64>,
+    #[serde(flatten)]
+    rest: Rest,
+}
+
+const fn shared() -> bool {
+    true
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            size: 512 << 20,
+            shared: true,
+            hugepages: false,
+            hugepage_size: None,
+            rest: Rest::default(),
+        }
+    }
+}
+
+impl MemoryConfig {
+    fn check(&self) -> Result<(), Invalid> {
+        let granted = [
+            ("hotplug_method", &[json!("Acpi")][..]),
+            ("hotplug_size", &[json!(0)]),
+            ("hotplugged_size", &[json!(0)]),
+            ("thp", &[json!(true)]),
+        ];
+        self.rest.refuse("memory.", &granted)?;
+        match self.hugepage_size {
+            None => Ok(()),
+            Some(size) if self.hugepages && size == 2 << 20 => Ok(()),
+            Some(_) => Err(invalid(
+                "memory.hugepage_size",
+                "with `hugepages` they have 2 MiB (2097152) here",
+            )),
+        }
+    }
+}
+
+/// What is booted.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+struct PayloadConfig {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cmdline: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    initramfs: Option<PathBuf>,
+    /// Ours: a bare-metal payload instead of a kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    flat: Option<PathBuf>,
+    #[serde(flatten)]
+    rest: Rest,
+}
+
+impl PayloadConfig {
+    fn check(&self) -> Result<(), Invalid> {
+        self.rest.refuse("payload.", &[])?;
+        match (&self.kernel, &self.flat) {
+            (None, None) => Err(invalid(
+                "payload",
+                "it names neither a `kernel` nor a `flat` payload",
+            )),
+            (Some(_), Some(_)) => Err(invalid(
+                "payload.flat",
+                "there is a `kernel` as well: give one of them",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A disk.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+struct DiskConfig {
+    path: PathBuf,
+    readonly: bool,
+    /// By which the guest finds it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    serial: Option<String>,
+    /// Accepted and not kept: it names a disk for those who would remove it.
+    #[serde(skip_serializing)]
+    id: Option<String>,
+    #[serde(flatten)]
+    rest: Rest,
+}
+
+impl DiskConfig {
+    fn disk(self, path: &str) -> Result<Disk, Invalid> {
+        let granted = [
+            ("num_queues", &[json!(1)][..]),
+            ("queue_size", &[json!(128), json!(256)]),
+            ("pci_segment", &[json!(0)]),
+            ("sparse", &[json!(true)]),
+            ("image_type", &[json!("Raw"), json!("Unknown")]),
+            ("lock_granularity", &[json!("ByteRange"), json!("Full")]),
+            ("disable_io_uring", &[json!(true)]),
+            ("disable_aio", &[json!(true)]),
+        ];
+        self.rest.refuse(path, &granted)?;
+        if self.path.as_os_str().is_empty() {
+            return Err(invalid(
+                format!("{path}path"),
+                "it has to name a raw image or a block device",
+            ));
+        }
+        Ok(Disk {
+            path: self.path,
+            readonly: self.readonly,
+            id: self.serial,
+        })
+    }
+}
+
+impl From<&Disk> for DiskConfig {
+    fn from(disk: &Disk) -> Self {
+        Self {
+            path: disk.path.clone(),
+            readonly: disk.readonly,
+            serial: disk.id.clone(),
+            ..Self::default()
+        }
+    }
+}
+
+/// A network interface.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+struct NetConfig {
+    tap: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mac: Option<vmm::virtio::net::MacAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mtu: Option<u16>,
+    /// Accepted and not kept, as a disk's.
+    #[serde(skip_serializing)]
+    id: Option<String>,
+    #[serde(flatten)]
+    rest: Rest,
+}
+
+impl NetConfig {
+    fn net(self, path: &str) -> Result<Net, Invalid> {
+        let granted = [
+            ("num_queues", &[json!(2)][..]),
+            ("queue_size", &[json!(256)]),
+            ("pci_segment", &[json!(0)]),
+            ("vhost_mode", &[json!("Client")]),
+            ("offload_tso", &[json!(true)]),
+            ("offload_ufo", &[json!(true)]),
+            ("offload_csum", &[json!(true)]),
+        ];
+        self.rest.refuse(path, &granted)?;
+        if self.tap.is_empty() {
+            return Err(invalid(
+                format!("{path}tap"),
+                "it has to name a tap interface of the host, which exists",
+            ));
+        }
+        Ok(Net {
+            tap: self.tap,
+            mac: self.mac,
+            mtu: self.mtu,
+        })
+    }
+}
+
+impl From<&Net> for NetConfig {
+    fn from(net: &Net) -> Self {
+        Self {
+            tap: net.tap.clone(),
+            mac: net.mac,
+            mtu: net.mtu,
+            ..Self::default()
+        }
+    }
+}
+
+/// A port for talk between host and guest. Ours.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Port {
+    name: String,
+    socket: PathBuf,
+}
+
+/// Random numbers, which every machine has.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct RngConfig {
+    src: PathBuf,
+    #[serde(flatten)]
+    rest: Rest,
+}
+
+impl Default for RngConfig {
+    fn default() -> Self {
+        Self {
+            src: "/dev/urandom".into(),
+            rest: Rest::default(),
+        }
+    }
+}
+
+impl RngConfig {
+    fn check(&self) -> Result<(), Invalid> {
+        self.rest.refuse("rng.", &[("pci_segment", &[json!(0)])])?;
+        if self.src != Self::default().src {
+            return Err(invalid(
+                "rng.src",
+                "random numbers come from the host's kernel, `/dev/urandom`",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Where a console is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+enum ConsoleMode {
+    Off,
+    Pty,
+    Tty,
+    File,
+    Socket,
+    #[default]
+    Null,
+}
+
+/// A console.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct ConsoleConfig {
+    mode: ConsoleMode,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    file: Option<PathBuf>,
+    #[serde(flatten)]
+    rest: Rest,
+}
+
+impl ConsoleConfig {
+    /// Of the serial console.
+    fn console(&self) -> Result<Console, Invalid> {
+        self.rest.refuse("serial.", &[])?;
+        match (self.mode, &self.file) {
+            (ConsoleMode::Off | ConsoleMode::Null, _) => Ok(Console::Off),
+            (ConsoleMode::Tty, _) => Ok(Console::Stdio),
+            (ConsoleMode::File, Some(file)) => Ok(Console::File(file.clone())),
+            (ConsoleMode::File, None) => Err(invalid(
+                "serial.file",
+                "`mode` is `File`, and it names none",
+            )),
+            (ConsoleMode::Pty | ConsoleMode::Socket, _) => Err(invalid(
+                "serial.mode",
+                "a console is `Off`, `Null`, `Tty` (standard input and output) or `File` here",
+            )),
+        }
+    }
+
+    /// Of the second console, which no machine has.
+    fn refuse_second(&self) -> Result<(), Invalid> {
+        match self.mode {
+            ConsoleMode::Off | ConsoleMode::Null => {
+                let granted = [("pci_segment", &[json!(0)][..])];
+                self.rest.refuse("console.", &granted)
+            }
+            _ => Err(invalid(
+                "console.mode",
+                "the machine's console is the serial one: describe it as `serial`, and let this be `Off`",
+            )),
+        }
+    }
+}
+
+impl From<&Console> for ConsoleConfig {
+    fn from(console: &Console) -> Self {
+        let (mode, file) = match console {
+            Console::Off => (ConsoleMode::Null, None),
+            Console::Stdio => (ConsoleMode::Tty, None),
+            Console::File(file) => (ConsoleMode::File, Some(file.clone())),
+        };
+        Self {
+            mode,
+            file,
+            rest: Rest::default(),
+        }
+    }
+}
+
+impl VmConfig {
+    /// The machine that this describes.
+    ///
+    /// # Errors
+    /// It asks for what Tagvisor cannot do.
+    pub fn machine(self) -> Result<MachineConfig, Invalid> {
+        self.rest.refuse("", &[])?;
+        self.memory.check()?;
+        self.rng.check()?;
+        self.console.refuse_second()?;
+        if let MteConfig::Level(MteLevel::None | MteLevel::Mte1) = self.mte {
+            return Err(invalid("mte", "it is `off`, `on`, `2` or `3`"));
+        }
+        let payload = self.payload.unwrap_or_default();
+        payload.check()?;
+        let mut disk = Vec::new();
+        for (number, config) in self.disks.unwrap_or_default().into_iter().enumerate() {
+            disk.push(config.disk(&format!("disks[{number}]."))?);
+        }
+        let mut net = Vec::new();
+        for (number, config) in self.net.unwrap_or_default().into_iter().enumerate() {
+            net.push(config.net(&format!("net[{number}]."))?);
+        }
+        let ports = self.ports.unwrap_or_default().into_iter();
+        Ok(MachineConfig {
+            name: self.name,
+            kernel: payload.kernel,
+            initrd: payload.initramfs,
+            cmdline: payload.cmdline.unwrap_or_default(),
+            flat: payload.flat,
+            cpus: self.cpus.count()?,
+            memory: MemorySize(self.memory.size),
+            huge_pages: self.memory.hugepages,
+            mte: self.mte,
+            tag_access: self.tag_access,
+            console: self.serial.console()?,
+            disk,
+            net,
+            port: ports
+                .map(|Port { name, socket }| PortConfig { name, socket })
+                .collect(),
+            no_reboot: self.no_reboot,
+        })
+    }
+}
+
+impl From<&MachineConfig> for VmConfig {
+    fn from(machine: &MachineConfig) -> Self {
+        let cmdline = Some(machine.cmdline.clone()).filter(|text| !text.is_empty());
+        let ports = machine.port.iter().map(|port| Port {
+            name: port.name.clone(),
+            socket: port.socket.clone(),
+        });
+        Self {
+            cpus: CpusConfig::of(machine.cpus),
+            memory: MemoryConfig {
+                size: machine.memory.0,
+                hugepages: machine.huge_pages,
+                ..MemoryConfig::default()
+            },
+            payload: Some(PayloadConfig {
+                kernel: machine.kernel.clone(),
+                cmdline,
+                initramfs: machine.initrd.clone(),
+                flat: machine.flat.clone(),
+                rest: Rest::default(),
+            }),
+            disks: unless_empty(machine.disk.iter().map(DiskConfig::from)),
+            net: unless_empty(machine.net.iter().map(NetConfig::from)),
+            serial: ConsoleConfig::from(&machine.console),
+            name: machine.name.clone(),
+            mte: machine.mte,
+            tag_access: machine.tag_access,
+            ports: unless_empty(ports),
+            no_reboot: machine.no_reboot,
+            rng: RngConfig::default(),
+            console: ConsoleConfig::default(),
+            rest: Rest::default(),
+        }
+    }
+}
+
+fn unless_empty<T>(items: impl Iterator<Item = T>) -> Option<Vec<T>> {
+    Some(items.collect::<Vec<_>>()).filter(|items| !items.is_empty())
+}
+
+/// What a snapshot is to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotConfig {
+    /// A file, or a directory that is there.
+    pub destination_url: String,
+    /// Ours: the snapshot on which this one is to be based.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+    /// Ours: `none`, `lz4`, `zstd` or `zstd:LEVEL`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<String>,
+    /// Ours: answer with a report, where Cloud Hypervisor answers with nothing.
+    #[serde(default)]
+    pub report: bool,
+}
+
+impl SnapshotConfig {
+    pub fn request(self) -> Result<SnapshotRequest, Invalid> {
+        let compression = self
+            .compression
+            .as_deref()
+            .map(parse_compression)
+            .transpose();
+        Ok(SnapshotRequest {
+            file: snapshot_file("destination_url", &self.destination_url)?,
+            base: self
+                .base
+                .map(|url| snapshot_file("base", &url))
+                .transpose()?,
+            compression: compression
+                .map_err(|why| invalid("compression", why))?
+                .unwrap_or_default(),
+        })
+    }
+}
+
+/// Reads `none`, `lz4`, `zstd` or `zstd:LEVEL`.
+///
+/// # Errors
+/// It is none of them; what to write instead.
+pub fn parse_compression(text: &str) -> Result<Compression, String> {
+    match text.split_once(':').unwrap_or((text, "")) {
+        ("none", "") => Ok(Compression::None),
+        ("lz4", "") => Ok(Compression::Lz4),
+        ("zstd", "") => Ok(Compression::ZSTD),
+        ("zstd", level) => match level.parse() {
+            Ok(level @ 1..=22) => Ok(Compression::Zstd(level)),
+            _ => Err(format!("`{level}` is no level of zstd: they are 1 to 22")),
+        },
+        _ => Err("expected `none`, `lz4`, `zstd` or `zstd:LEVEL`".into()),
+    }
+}
+
+/// From what a machine is to be restored.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RestoreConfig {
+    /// A file, or a directory with a snapshot in it.
+    pub source_url: String,
+    /// Cloud Hypervisor's word for `lazy`.
+    #[serde(default)]
+    memory_restore_mode: MemoryRestoreMode,
+    /// Let the guest run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume: Option<bool>,
+    /// Ours: bring each page when it is touched.
+    #[serde(default)]
+    pub lazy: bool,
+    /// Ours: the opposite of `resume`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused: Option<bool>,
+    /// Ours: the snapshots that it is based on, where they are not where they were.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bases: Vec<String>,
+    #[serde(flatten)]
+    rest: Rest,
+}
+
+/// When pages are brought.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+enum MemoryRestoreMode {
+    #[default]
+    Copy,
+    OnDemand,
+}
+
+impl RestoreConfig {
+    pub fn request(self) -> Result<RestoreRequest, Invalid> {
+        self.rest.refuse("", &[])?;
+        let paused = match (self.resume, self.paused) {
+            (Some(resume), Some(paused)) if resume == paused => {
+                return Err(invalid("paused", "`resume` says the opposite"));
+            }
+            (resume, paused) => paused.unwrap_or(!resume.unwrap_or(false)),
+        };
+        let bases = self.bases.iter().map(|url| snapshot_file("bases", url));
+        Ok(RestoreRequest {
+            file: snapshot_file("source_url", &self.source_url)?,
+            bases: bases.collect::<Result<_, _>>()?,
+            lazy: self.lazy || self.memory_restore_mode == MemoryRestoreMode::OnDemand,
+            paused,
+        })
+    }
+}
+
+/// The file that a URL names. As in Cloud Hypervisor, what follows `file://` is a path as it stands.
+fn snapshot_file(field: &str, url: &str) -> Result<PathBuf, Invalid> {
+    let path = url.strip_prefix("file://").map(PathBuf::from);
+    match path {
+        Some(path) if url.contains('\0') || !path.is_absolute() => {
+            Err(invalid(field, "expected an absolute path after `file://`"))
+        }
+        Some(path) if path.is_dir() => Ok(path.join(SNAPSHOT_FILE)),
+        Some(path) => Ok(path),
+        None => Err(invalid(
+            field,
+            "expected a URL such as `file:///path/to/file`",
+        )),
+    }
+}

@@ -1,0 +1,341 @@
+//! What can be asked for: Cloud Hypervisor's paths, each with what is done.
+//!
+//! A request ends with a status, and unless all is well with the reasons: a JSON array of text, from what was asked for
+//! to why it was not done.
+
+use serde::de::DeserializeOwned;
+
+use super::http::{Request, Response, Status};
+use super::model::{Invalid, PingResponse, RestoreConfig, SnapshotConfig, VmConfig, VmInfo};
+use crate::control::{Refusal, Vmm};
+
+const ROOT: &str = "/api/v1/";
+
+/// What became of a request.
+pub struct Outcome {
+    pub response: Response,
+    /// The VMM is to end after this.
+    pub ends: bool,
+}
+
+/// A path, and what a request for it does.
+pub struct Route {
+    /// The path's last part.
+    pub name: &'static str,
+    /// What to say if it is not done.
+    failure: &'static str,
+    pub action: Action,
+}
+
+/// What a request for a path does.
+#[derive(Clone, Copy)]
+pub enum Action {
+    /// `GET`: tells something.
+    Tell(fn(&dyn Vmm) -> Result<Response, Failure>),
+    /// `PUT` without a body.
+    Do(fn(&dyn Vmm) -> Result<(), Refusal>),
+    /// `PUT` with a body.
+    DoWith(fn(&dyn Vmm, &[u8]) -> Result<Response, Failure>),
+    /// `PUT`: there is no such thing in Tagvisor, for this reason.
+    Lack(&'static str),
+    /// `PUT`: the VMM ends.
+    End,
+}
+
+impl Action {
+    pub const fn method(self) -> &'static str {
+        match self {
+            Self::Tell(_) => "GET",
+            _ => "PUT",
+        }
+    }
+}
+
+/// Why a request was not carried out.
+#[derive(Debug)]
+pub enum Failure {
+    /// What was sent says nothing that could be done.
+    Body(String),
+    /// The VMM refused.
+    Refused(Refusal),
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl From<Invalid> for Failure {
+    fn from(invalid: Invalid) -> Self {
+        Self::Body(invalid.to_string())
+    }
+}
+
+const fn route(name: &'static str, failure: &'static str, action: Action) -> Route {
+    Route {
+        name,
+        failure,
+        action,
+    }
+}
+
+const NO_HOTPLUG: &str =
+    "Tagvisor's machines keep the devices that they were created with: name them in vm.create";
+const NO_RESIZE: &str = "Tagvisor's machines keep the size that they were created with";
+const NO_MIGRATION: &str =
+    "this version of Tagvisor cannot migrate a VM; use vm.snapshot and vm.restore";
+
+/// Every path.
+pub const ROUTES: &[Route] = {
+    use Action::{Do, DoWith, End, Lack, Tell};
+    &[
+        route("vmm.ping", "The VMM could not be reached", Tell(ping)),
+        route("vmm.shutdown", "The VMM could not shutdown", End),
+        route("vm.info", "The VM info is not available", Tell(info)),
+        route(
+            "vm.counters",
+            "The VM counters are not available",
+            Tell(counters),
+        ),
+        route("vm.create", "The VM could not be created", DoWith(create)),
+        route("vm.boot", "The VM could not boot", Do(|vmm| vmm.boot())),
+        route(
+            "vm.pause",
+            "The VM could not be paused",
+            Do(|vmm| vmm.pause()),
+        ),
+        route(
+            "vm.resume",
+            "The VM could not resume",
+            Do(|vmm| vmm.resume()),
+        ),
+        route(
+            "vm.shutdown",
+            "The VM could not shutdown",
+            Do(|vmm| vmm.shutdown()),
+        ),
+        route(
+            "vm.reboot",
+            "The VM could not reboot",
+            Do(|vmm| vmm.reboot()),
+        ),
+        route("vm.delete", "The VM could not be deleted", Do(delete)),
+        route(
+            "vm.snapshot",
+            "The VM could not be snapshotted",
+            DoWith(snapshot),
+        ),
+        route(
+            "vm.restore",
+            "The VM could not be restored",
+            DoWith(restore),
+        ),
+        route(
+            "vm.power-button",
+            "Error triggering power button",
+            Lack(
+                "Tagvisor's machines have no power button: shut the guest down from within, or use vm.shutdown",
+            ),
+        ),
+        route(
+            "vm.nmi",
+            "Error triggering NMI",
+            Lack("Tagvisor's machines have no NMI"),
+        ),
+        route("vm.resize", "The VM could not be resized", Lack(NO_RESIZE)),
+        route(
+            "vm.resize-disk",
+            "The disk could not be resized",
+            Lack(NO_RESIZE),
+        ),
+        route(
+            "vm.resize-zone",
+            "The memory zone could not be resized",
+            Lack(NO_RESIZE),
+        ),
+        route(
+            "vm.add-device",
+            "The device could not be added to the VM",
+            Lack(NO_HOTPLUG),
+        ),
+        route(
+            "vm.add-user-device",
+            "The user device could not be added to the VM",
+            Lack(NO_HOTPLUG),
+        ),
+        route(
+            "vm.add-disk",
+            "The disk could not be added to the VM",
+            Lack(NO_HOTPLUG),
+        ),
+        route(
+            "vm.add-fs",
+            "The fs could not be added to the VM",
+            Lack(NO_HOTPLUG),
+        ),
+        route(
+            "vm.add-generic-vhost-user",
+            "The generic vhost-user device could not be added to the VM",
+            Lack(NO_HOTPLUG),
+        ),
+        route(
+            "vm.add-pmem",
+            "The pmem device could not be added to the VM",
+            Lack(NO_HOTPLUG),
+        ),
+        route(
+            "vm.add-net",
+            "The network device could not be added to the VM",
+            Lack(NO_HOTPLUG),
+        ),
+        route(
+            "vm.add-vdpa",
+            "The vDPA device could not be added to the VM",
+            Lack(NO_HOTPLUG),
+        ),
+        route(
+            "vm.add-vsock",
+            "The vsock device could not be added to the VM",
+            Lack(NO_HOTPLUG),
+        ),
+        route(
+            "vm.remove-device",
+            "The device could not be removed from the VM",
+            Lack(NO_HOTPLUG),
+        ),
+        route(
+            "vm.receive-migration",
+            "Error receiving migration",
+            Lack(NO_MIGRATION),
+        ),
+        route(
+            "vm.send-migration",
+            "Error sending migration",
+            Lack(NO_MIGRATION),
+        ),
+        route(
+            "vm.coredump",
+            "The VM could not be coredumped",
+            Lack("this version of Tagvisor writes no cores; use vm.snapshot"),
+        ),
+    ]
+};
+
+/// Carries a request out.
+pub fn dispatch(vmm: &dyn Vmm, request: &Request) -> Outcome {
+    let name = request.path.strip_prefix(ROOT).unwrap_or_default();
+    let Some(route) = ROUTES.iter().find(|route| route.name == name) else {
+        return stays(Response::error(Status::NotFound, &["Not Found"]));
+    };
+    let method = route.action.method();
+    if request.method != method {
+        let why = format!("{name} is asked for with {method}");
+        return stays(Response {
+            allow: Some(method),
+            ..Response::error(Status::MethodNotAllowed, &["Method Not Allowed", &why])
+        });
+    }
+    if let Action::End = route.action {
+        return Outcome {
+            response: Response::NO_CONTENT,
+            ends: true,
+        };
+    }
+    let answer = perform(route.action, vmm, &request.body);
+    stays(answer.unwrap_or_else(|failure| failure.response(route)))
+}
+
+fn stays(response: Response) -> Outcome {
+    Outcome {
+        response,
+        ends: false,
+    }
+}
+
+fn perform(action: Action, vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
+    match action {
+        Action::Tell(tell) => tell(vmm),
+        Action::Do(_) if !body.is_empty() => Err(Failure::Body("there is to be no body".into())),
+        Action::Do(act) => {
+            act(vmm)?;
+            Ok(Response::NO_CONTENT)
+        }
+        Action::DoWith(act) => act(vmm, body),
+        Action::Lack(why) => {
+            vmm.info()?;
+            Err(Refusal::Unsupported(why.into()).into())
+        }
+        Action::End => Ok(Response::NO_CONTENT),
+    }
+}
+
+impl Failure {
+    fn response(&self, route: &Route) -> Response {
+        match self {
+            Self::Body(why) => Response::error(Status::BadRequest, &[route.failure, why]),
+            Self::Refused(refusal) => {
+                let status = match refusal {
+                    Refusal::NoVm => Status::NotFound,
+                    Refusal::State { .. } => Status::MethodNotAllowed,
+                    Refusal::VmExists | Refusal::Unsupported(_) | Refusal::Failed(_) => {
+                        Status::InternalServerError
+                    }
+                };
+                let allow = (status == Status::MethodNotAllowed).then(|| route.action.method());
+                Response {
+                    allow,
+                    ..Response::error(status, &[route.failure, &refusal.to_string()])
+                }
+            }
+        }
+    }
+}
+
+/// What a body says.
+fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+    serde_json::from_slice(body).map_err(|e| Failure::Body(format!("the body: {e}")))
+}
+
+fn ping(_: &dyn Vmm) -> Result<Response, Failure> {
+    Ok(Response::ok(&PingResponse::of_this_process()))
+}
+
+fn info(vmm: &dyn Vmm) -> Result<Response, Failure> {
+    Ok(Response::ok(&VmInfo::from(vmm.info()?)))
+}
+
+/// There are none.
+fn counters(vmm: &dyn Vmm) -> Result<Response, Failure> {
+    vmm.info()?;
+    Ok(Response::ok(&serde_json::Map::new()))
+}
+
+fn create(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
+    vmm.create(read::<VmConfig>(body)?.machine()?)?;
+    Ok(Response::NO_CONTENT)
+}
+
+/// Where there is none there is nothing to do, which Cloud Hypervisor takes for success.
+fn delete(vmm: &dyn Vmm) -> Result<(), Refusal> {
+    match vmm.delete() {
+        Err(Refusal::NoVm) => Ok(()),
+        result => result,
+    }
+}
+
+fn snapshot(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
+    let config: SnapshotConfig = read(body)?;
+    let wants_report = config.report;
+    let report = vmm.snapshot(config.request()?)?;
+    Ok(if wants_report {
+        Response::ok(&report)
+    } else {
+        Response::NO_CONTENT
+    })
+}
+
+fn restore(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
+    vmm.restore(read::<RestoreConfig>(body)?.request()?)?;
+    Ok(Response::NO_CONTENT)
+}

@@ -1,0 +1,151 @@
+//! A VMM that does nothing, writes down what it is asked, and answers as it is told.
+
+use std::sync::{Arc, Condvar, Mutex};
+
+use vmm::config::MachineConfig;
+
+use crate::control::{
+    Refusal, RestoreRequest, SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm,
+};
+
+/// One call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Call {
+    Create(Box<MachineConfig>),
+    Boot,
+    Pause,
+    Resume,
+    Shutdown,
+    Reboot,
+    Delete,
+    Snapshot(SnapshotRequest),
+    Restore(RestoreRequest),
+    ShutDownVmm,
+}
+
+/// The VMM.
+#[derive(Default)]
+pub struct Double {
+    calls: Mutex<Vec<Call>>,
+    info: Mutex<Option<VmInfo>>,
+    refusal: Mutex<Option<Refusal>>,
+    held: Mutex<bool>,
+    released: Condvar,
+}
+
+/// A machine that runs.
+pub fn running() -> VmInfo {
+    VmInfo {
+        config: MachineConfig {
+            name: Some("web".into()),
+            kernel: Some("/boot/Image".into()),
+            cpus: 2,
+            ..MachineConfig::default()
+        },
+        state: VmState::Running,
+        reason: None,
+        mte: Some("MTE3".into()),
+        work: None,
+    }
+}
+
+impl Double {
+    /// Has a machine that runs.
+    pub fn running() -> Arc<Self> {
+        let double = Arc::<Self>::default();
+        double.set_info(Some(running()));
+        double
+    }
+
+    /// Has this machine from now on.
+    pub fn set_info(&self, info: Option<VmInfo>) {
+        *self.info.lock().unwrap() = info;
+    }
+
+    /// Refuses everything from now on.
+    pub fn refuse(&self, refusal: Refusal) {
+        *self.refusal.lock().unwrap() = Some(refusal);
+    }
+
+    /// Makes snapshots take until they are released.
+    pub fn hold_snapshots(&self) {
+        *self.held.lock().unwrap() = true;
+    }
+
+    /// Lets them go on.
+    pub fn release_snapshots(&self) {
+        *self.held.lock().unwrap() = false;
+        self.released.notify_all();
+    }
+
+    /// What it was asked.
+    pub fn calls(&self) -> Vec<Call> {
+        self.calls.lock().unwrap().clone()
+    }
+
+    fn asked(&self, call: Call) -> Result<(), Refusal> {
+        self.calls.lock().unwrap().push(call);
+        self.refusal.lock().unwrap().clone().map_or(Ok(()), Err)
+    }
+}
+
+impl Vmm for Double {
+    fn info(&self) -> Result<VmInfo, Refusal> {
+        self.info.lock().unwrap().clone().ok_or(Refusal::NoVm)
+    }
+
+    fn create(&self, config: MachineConfig) -> Result<(), Refusal> {
+        self.asked(Call::Create(Box::new(config)))
+    }
+
+    fn boot(&self) -> Result<(), Refusal> {
+        self.asked(Call::Boot)
+    }
+
+    fn pause(&self) -> Result<(), Refusal> {
+        self.asked(Call::Pause)
+    }
+
+    fn resume(&self) -> Result<(), Refusal> {
+        self.asked(Call::Resume)
+    }
+
+    fn shutdown(&self) -> Result<(), Refusal> {
+        self.asked(Call::Shutdown)
+    }
+
+    fn reboot(&self) -> Result<(), Refusal> {
+        self.asked(Call::Reboot)
+    }
+
+    fn delete(&self) -> Result<(), Refusal> {
+        self.asked(Call::Delete)
+    }
+
+    fn snapshot(&self, request: SnapshotRequest) -> Result<SnapshotReport, Refusal> {
+        self.asked(Call::Snapshot(request))?;
+        let held = self.held.lock().unwrap();
+        drop(self.released.wait_while(held, |held| *held).unwrap());
+        Ok(report())
+    }
+
+    fn restore(&self, request: RestoreRequest) -> Result<(), Refusal> {
+        self.asked(Call::Restore(request))
+    }
+
+    fn shut_down_vmm(&self) {
+        let _ = self.asked(Call::ShutDownVmm);
+    }
+}
+
+/// What every snapshot becomes.
+pub fn report() -> SnapshotReport {
+    SnapshotReport {
+        identity: "00ff-01".into(),
+        bytes: 1 << 20,
+        pages: 300,
+        rounds: 3,
+        total_us: 41_000,
+        blackout_us: 900,
+    }
+}

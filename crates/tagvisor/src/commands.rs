@@ -1,0 +1,55 @@
+//! The commands that ask a running machine, over its control socket.
+
+pub mod api;
+pub mod info;
+pub mod inspect;
+pub mod kill;
+pub mod ls;
+mod machine;
+mod progress;
+pub mod snapshot;
+pub mod stop;
+mod text;
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use clap::Args as ClapArgs;
+
+pub use machine::Machine;
+
+/// How a command ends.
+pub type Result = std::result::Result<ExitCode, Box<dyn Error>>;
+
+/// Which machine.
+#[derive(ClapArgs)]
+pub struct Named {
+    /// The machine's name, or the path of a control socket: whatever contains a `/`
+    name: String,
+}
+
+impl Named {
+    fn machine(&self) -> std::result::Result<Machine, machine::Error> {
+        Machine::find(&self.name)
+    }
+}
+
+/// `tagvisor pause`: stops a guest where it is.
+///
+/// # Errors
+/// It was not done.
+pub fn pause(named: &Named) -> Result {
+    let machine = named.machine()?;
+    machine.ask(|client| client.pause())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `tagvisor resume`: lets a paused guest go on.
+///
+/// # Errors
+/// It was not done.
+pub fn resume(named: &Named) -> Result {
+    let machine = named.machine()?;
+    machine.ask(|client| client.resume())?;
+    Ok(ExitCode::SUCCESS)
+}
