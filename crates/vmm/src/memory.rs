@@ -9,6 +9,7 @@
 
 pub mod dirty;
 pub mod file;
+pub mod lazy;
 pub mod pages;
 mod populated;
 pub mod tags;
