@@ -5,8 +5,10 @@
 //! devices, loaders and a debugger see, so that no access of theirs is ever tag-checked (seed 000);
 //! the *tag mapping* (`PROT_MTE`) is touched by LDG and STG alone. Hosts before Linux 6.2 refuse
 //! shared memory to a guest with MTE (seed 001): there it is private anonymous memory, and tags are
-//! reached by the engine's bulk copy. [`tags`] has the two ways behind one trait.
+//! reached by the engine's bulk copy. [`tags`] has the two ways behind one trait. Clones share the
+//! memory of a [`base`] until they write; their tags too are reached by the bulk copy.
 
+pub mod base;
 pub mod dirty;
 pub mod file;
 pub mod lazy;
@@ -29,7 +31,8 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion};
 
 use crate::layout::{self, PAGE_SIZE, RAM_START};
-use populated::Populated;
+use base::Base;
+use populated::{PageMap, Populated};
 
 /// Guest memory as the devices see it: the data mapping, never tag-checked, with the bitmap of
 /// pages that the VMM itself wrote (the host's dirty log knows only what the guest wrote).
@@ -38,6 +41,7 @@ pub type GuestRam = vm_memory::GuestMemoryMmap<AtomicBitmap>;
 const HUGE_PAGE_SIZE: u64 = 2 << 20;
 /// `PROT_MTE`: the mapping has tags (Linux `arch/arm64/include/uapi/asm/mman.h`).
 const PROT_MTE: libc::c_int = 0x20;
+const READ_WRITE: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 
 /// How the VMM reaches the tags of guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,6 +109,20 @@ pub enum Error {
          so tags could be lost; use --tag-access alias, or run without --huge-pages"
     )]
     HugePagesWithIoctl,
+    /// `--tag-access alias` for a clone.
+    #[error(
+        "--tag-access alias: what a clone writes goes to pages of its own, and a second mapping of its base would show the base's \
+         tags; use --tag-access ioctl or auto"
+    )]
+    CloneAlias,
+    /// Huge pages for a clone.
+    #[error(
+        "huge pages: a clone shares the pages of its base and copies 4 KiB where it writes; run it without --huge-pages"
+    )]
+    CloneHugePages,
+    /// Memory that cannot become a base.
+    #[error("this memory cannot be the base of clones: {0}")]
+    NoBase(&'static str),
     /// The host refused.
     #[error("{size} MiB of guest memory: {step}: {source}{hint}")]
     Host {
@@ -157,6 +175,25 @@ impl MemoryPlan {
             huge_pages,
             tags: Some(method),
         })
+    }
+
+    /// How the tags of a clone are reached on this host, `None` without MTE. What stands behind its memory is
+    /// its base.
+    ///
+    /// # Errors
+    /// What was asked for cannot be had of a clone, with the reason.
+    pub fn choose_for_clone(
+        mte: bool,
+        access: TagAccess,
+        huge_pages: bool,
+    ) -> Result<Option<TagMethod>, Error> {
+        match (mte, access) {
+            _ if huge_pages => Err(Error::CloneHugePages),
+            (false, TagAccess::Auto) => Ok(None),
+            (false, _) => Err(Error::NoTags),
+            (true, TagAccess::Alias) => Err(Error::CloneAlias),
+            (true, TagAccess::Auto | TagAccess::Ioctl) => Ok(Some(TagMethod::Ioctl)),
+        }
     }
 }
 
@@ -212,19 +249,53 @@ impl GuestMemory {
             _ => None,
         };
         if !plan.huge_pages {
-            advise_huge_pages(&region);
+            // For hosts that give transparent huge pages to those who ask.
+            advise(&region, libc::MADV_HUGEPAGE);
         }
-        let host_address = NonNull::new(region.as_ptr())
-            .ok_or_else(|| host("mapping it", io::ErrorKind::OutOfMemory.into()))?;
         let populated = match file {
             Some(file) => Populated::File(file),
-            None => Populated::of_private(host_address.addr().get() as u64, host_page_size())
-                .map_err(|e| host("opening /proc/self/pagemap", e))?,
+            None => Populated::Private(
+                page_map(&region).map_err(|e| host("opening /proc/self/pagemap", e))?,
+            ),
         };
+        Self::of_region(region, tag_mapping, populated).map_err(|e| host("placing it", e))
+    }
+
+    /// RAM that shares the pages of `base`, data and tags, until they are written. It has no tag mapping: what is
+    /// written are pages of its own, which a second mapping would not show.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn clone_of(base: &Base) -> Result<Self, Error> {
+        let size = base.size();
+        let page = PAGE_SIZE.max(host_page_size());
+        if size == 0 || !size.is_multiple_of(page) {
+            return Err(Error::Size { size, page });
+        }
+        let host = |step, source| Error::Host {
+            size: size >> 20,
+            step,
+            source,
+            hint: "",
+        };
+        let region = map_clone(base).map_err(|e| host("mapping the base of a clone", e))?;
+        let own = page_map(&region).map_err(|e| host("opening /proc/self/pagemap", e))?;
+        let base = base.file().try_clone();
+        let base = base.map_err(|e| host("keeping the base of a clone", e))?;
+        Self::of_region(region, None, Populated::Clone { base, own })
+            .map_err(|e| host("placing it", e))
+    }
+
+    fn of_region(
+        region: vm_memory::MmapRegion<AtomicBitmap>,
+        tag_mapping: Option<TagMapping>,
+        populated: Populated,
+    ) -> io::Result<Self> {
+        let size = region.size() as u64;
+        let host_address = NonNull::new(region.as_ptr()).ok_or(io::ErrorKind::OutOfMemory)?;
         let region = GuestRegionMmap::new(region, GuestAddress(RAM_START))
-            .ok_or_else(|| host("placing it", io::ErrorKind::InvalidInput.into()))?;
-        let ram = GuestRam::from_regions(vec![region])
-            .map_err(|e| host("placing it", io::Error::other(e)))?;
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        let ram = GuestRam::from_regions(vec![region]).map_err(io::Error::other)?;
         Ok(Self {
             ram: Arc::new(ram),
             size,
@@ -342,32 +413,75 @@ fn map_data(
     huge_pages: bool,
 ) -> io::Result<vm_memory::MmapRegion<AtomicBitmap>> {
     let length = usize::try_from(size).map_err(|_| io::ErrorKind::OutOfMemory)?;
-    let page = NonZeroUsize::new(PAGE_SIZE as usize).ok_or(io::ErrorKind::InvalidInput)?;
-    let builder = MmapRegionBuilder::new_with_bitmap(length, AtomicBitmap::new(length, page))
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
     // Huge pages are reserved, so that too few of them are an error here and not a fault later.
     let reserve = if huge_pages { 0 } else { libc::MAP_NORESERVE };
-    let builder = match file {
+    let builder = region_builder(length)?;
+    build(match file {
         Some(file) => builder
             .with_mmap_flags(libc::MAP_SHARED | reserve)
             .with_file_offset(FileOffset::new(file.try_clone()?, 0)),
         None => {
             builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
         }
-    };
+    })
+}
+
+fn region_builder(length: usize) -> io::Result<MmapRegionBuilder<AtomicBitmap>> {
+    let page = NonZeroUsize::new(PAGE_SIZE as usize).ok_or(io::ErrorKind::InvalidInput)?;
+    let bitmap = AtomicBitmap::new(length, page);
+    Ok(MmapRegionBuilder::new_with_bitmap(length, bitmap).with_mmap_prot(READ_WRITE))
+}
+
+fn build(
+    builder: MmapRegionBuilder<AtomicBitmap>,
+) -> io::Result<vm_memory::MmapRegion<AtomicBitmap>> {
     builder.build().map_err(|e| match e {
         vm_memory::mmap::MmapRegionError::Mmap(e) => e,
         e => io::Error::other(e),
     })
 }
 
-/// For hosts that give transparent huge pages to those who ask.
-fn advise_huge_pages(region: &vm_memory::MmapRegion<AtomicBitmap>) {
-    // SAFETY: the range is the mapping's; the advice changes no contents.
-    let result =
-        unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
+/// A private mapping of a base, but for its large holes: those are anonymous memory, of which a page written is one
+/// page and not two ([`Base`]).
+fn map_clone(base: &Base) -> io::Result<vm_memory::MmapRegion<AtomicBitmap>> {
+    let length = usize::try_from(base.size()).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    let file = FileOffset::new(base.file().try_clone()?, 0);
+    let region = build(
+        region_builder(length)?
+            .with_mmap_flags(flags)
+            .with_file_offset(file),
+    )?;
+    for hole in base.large_holes()? {
+        // SAFETY: the hole is within the region, which nobody has seen yet, and made of whole pages.
+        let mapped = unsafe {
+            libc::mmap(
+                region.as_ptr().add(hole.start as usize).cast(),
+                (hole.end - hole.start) as usize,
+                READ_WRITE,
+                flags | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
+                -1,
+                0,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    // A clone is to cost what it writes, and not 2 MiB where it writes a byte.
+    advise(&region, libc::MADV_NOHUGEPAGE);
+    Ok(region)
+}
+
+fn page_map(region: &vm_memory::MmapRegion<AtomicBitmap>) -> io::Result<PageMap> {
+    PageMap::of(region.as_ptr().addr() as u64, host_page_size())
+}
+
+fn advise(region: &vm_memory::MmapRegion<AtomicBitmap>, advice: libc::c_int) {
+    // SAFETY: the range is the mapping's; the advice is about huge pages and changes no contents.
+    let result = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
     if result != 0 {
-        tracing::debug!("MADV_HUGEPAGE: {}", io::Error::last_os_error());
+        tracing::debug!("madvise {advice}: {}", io::Error::last_os_error());
     }
 }
 
@@ -402,7 +516,7 @@ impl TagMapping {
             libc::mmap(
                 std::ptr::null_mut(),
                 size,
-                libc::PROT_READ | libc::PROT_WRITE | PROT_MTE,
+                READ_WRITE | PROT_MTE,
                 libc::MAP_SHARED | libc::MAP_NORESERVE,
                 file.as_raw_fd(),
                 0,
@@ -436,7 +550,7 @@ impl Drop for TagMapping {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use engine::MteSupport;
     use mte::MteFeatures;
     use vm_memory::Bytes;
@@ -567,7 +681,7 @@ mod tests {
     }
 
     /// The populated ranges in pages from the start of RAM.
-    fn populated_pages(memory: &GuestMemory) -> Vec<Range<u64>> {
+    pub fn populated_pages(memory: &GuestMemory) -> Vec<Range<u64>> {
         let page = |ipa| (ipa - RAM_START) / PAGE_SIZE;
         let ranges = memory.populated(RAM_START..RAM_START + memory.size());
         ranges
@@ -576,14 +690,8 @@ mod tests {
             .unwrap()
     }
 
-    /// Memory of small pages, where a page written is a page populated: huge ones come by the 512.
-    fn memory_with_pages_written(memory_file: bool, pages: &[u64]) -> GuestMemory {
-        let plan = MemoryPlan {
-            memory_file,
-            huge_pages: false,
-            tags: None,
-        };
-        let memory = GuestMemory::new(8 << 20, plan).unwrap();
+    /// The same of small pages, where a page written is a page populated: huge ones come by the 512.
+    pub fn with_small_pages(memory: GuestMemory) -> GuestMemory {
         // SAFETY: the range is the mapping's; the advice changes no contents.
         let advised = unsafe {
             libc::madvise(
@@ -593,11 +701,42 @@ mod tests {
             )
         };
         assert_eq!(advised, 0);
+        memory
+    }
+
+    fn memory_with_pages_written(memory_file: bool, pages: &[u64]) -> GuestMemory {
+        let plan = MemoryPlan {
+            memory_file,
+            huge_pages: false,
+            tags: None,
+        };
+        let memory = with_small_pages(GuestMemory::new(8 << 20, plan).unwrap());
         for page in pages {
             let address = GuestAddress(RAM_START + page * PAGE_SIZE);
             memory.ram().write_obj(1u64, address).unwrap();
         }
         memory
+    }
+
+    #[test]
+    fn a_clones_tags_are_reached_by_the_bulk_copy_alone() {
+        let choose = |access| MemoryPlan::choose_for_clone(true, access, false);
+        assert_eq!(choose(TagAccess::Auto).unwrap(), Some(TagMethod::Ioctl));
+        assert_eq!(choose(TagAccess::Ioctl).unwrap(), Some(TagMethod::Ioctl));
+        assert!(matches!(choose(TagAccess::Alias), Err(Error::CloneAlias)));
+    }
+
+    #[test]
+    fn a_clone_without_mte_has_no_way_to_tags() {
+        let choose = |access| MemoryPlan::choose_for_clone(false, access, false);
+        assert_eq!(choose(TagAccess::Auto).unwrap(), None);
+        assert!(matches!(choose(TagAccess::Ioctl), Err(Error::NoTags)));
+    }
+
+    #[test]
+    fn a_clone_of_huge_pages_is_refused() {
+        let error = MemoryPlan::choose_for_clone(true, TagAccess::Auto, true).unwrap_err();
+        assert!(matches!(error, Error::CloneHugePages));
     }
 
     #[test]

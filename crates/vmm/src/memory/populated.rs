@@ -18,30 +18,17 @@ pub(super) enum Populated {
     /// A memory file knows its holes.
     File(File),
     /// Private memory has its pages listed by the kernel.
-    Private {
-        /// `/proc/self/pagemap`.
-        page_map: File,
-        /// Where the memory is mapped.
-        address: u64,
-        /// The host's page size.
-        page_size: u64,
+    Private(PageMap),
+    /// A clone has the pages of its base, and in their place or beside them its own.
+    Clone {
+        /// The memory file that it shares.
+        base: File,
+        /// Its own.
+        own: PageMap,
     },
 }
 
 impl Populated {
-    /// Of private memory mapped at `address`.
-    ///
-    /// # Errors
-    /// `/proc` is not there.
-    pub(super) fn of_private(address: u64, page_size: u64) -> io::Result<Self> {
-        let page_map = File::open("/proc/self/pagemap")?;
-        Ok(Self::Private {
-            page_map,
-            address,
-            page_size,
-        })
-    }
-
     /// The first populated range in `range`, which is whole pages; `None` if all of it is a hole.
     ///
     /// # Errors
@@ -49,16 +36,21 @@ impl Populated {
     pub(super) fn first_in(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
         match self {
             Self::File(file) => first_data(file, range),
-            Self::Private {
-                page_map,
-                address,
-                page_size,
-            } => first_mapped(page_map, *address, *page_size, range),
+            Self::Private(pages) => pages.first_in(range),
+            Self::Clone { base, own } => {
+                let Some(mut found) = first_of_either(base, own, range.clone())? else {
+                    return Ok(None);
+                };
+                while let Some(next) = first_of_either(base, own, found.end..range.end)?
+                    && next.start == found.end
+                {
+                    found.end = next.end;
+                }
+                Ok(Some(found))
+            }
         }
     }
-}
 
-impl Populated {
     /// Takes the pages of `range`, which is bytes from the start of the memory mapped at `mapping`, away.
     ///
     /// # Errors
@@ -81,12 +73,25 @@ impl Populated {
                 }
                 Ok(())
             }
+            // What is taken away from a clone is the base's again.
+            Self::Clone { .. } => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 }
 
+/// A range that begins where the first one of `base` or `own` does, and may end before they do.
+fn first_of_either(
+    base: &File,
+    own: &PageMap,
+    range: Range<u64>,
+) -> io::Result<Option<Range<u64>>> {
+    let shared = first_data(base, range.clone())?;
+    let before = range.start..shared.as_ref().map_or(range.end, |shared| shared.start);
+    Ok(own.first_in(before)?.or(shared))
+}
+
 /// By `SEEK_DATA` and `SEEK_HOLE` (`lseek(2)`). The file's position, which they move, means nothing here.
-fn first_data(file: &File, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+pub(super) fn first_data(file: &File, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
     let start = match rustix::fs::seek(file, SeekFrom::Data(range.start)) {
         Ok(start) if start < range.end => start,
         // Beyond the last data of the file.
@@ -97,35 +102,57 @@ fn first_data(file: &File, range: Range<u64>) -> io::Result<Option<Range<u64>>> 
     Ok(Some(start..end.min(range.end)))
 }
 
-/// By the bits "present" and "swapped" of `/proc/self/pagemap` (Linux
-/// `Documentation/admin-guide/mm/pagemap.rst`), which any process may read of itself.
-fn first_mapped(
-    page_map: &File,
+/// The kernel's list of the pages of private memory, which any process may read of itself (Linux
+/// `Documentation/admin-guide/mm/pagemap.rst`).
+pub(super) struct PageMap {
+    /// `/proc/self/pagemap`.
+    file: File,
+    /// Where the memory is mapped.
     address: u64,
+    /// The host's page size.
     page_size: u64,
-    range: Range<u64>,
-) -> io::Result<Option<Range<u64>>> {
-    const ENTRY: usize = 8;
-    const POPULATED: u64 = 0b11 << 62;
-    let mut entries = [0; 512 * ENTRY];
-    let mut found: Option<Range<u64>> = None;
-    let mut at = range.start - range.start % page_size;
-    while at < range.end {
-        let pages = (range.end - at).div_ceil(page_size).min(512) as usize;
-        let entries = &mut entries[..pages * ENTRY];
-        page_map.read_exact_at(entries, (address + at) / page_size * ENTRY as u64)?;
-        for entry in entries.as_chunks::<ENTRY>().0 {
-            let populated = u64::from_ne_bytes(*entry) & POPULATED != 0;
-            match (&mut found, populated) {
-                (None, true) => found = Some(at..at + page_size),
-                (Some(found), true) => found.end = at + page_size,
-                (Some(_), false) => return Ok(found.map(|found| clip(found, &range))),
-                (None, false) => {}
-            }
-            at += page_size;
-        }
+}
+
+impl PageMap {
+    /// Of memory mapped at `address`.
+    ///
+    /// # Errors
+    /// `/proc` is not there.
+    pub(super) fn of(address: u64, page_size: u64) -> io::Result<Self> {
+        let file = File::open("/proc/self/pagemap")?;
+        Ok(Self {
+            file,
+            address,
+            page_size,
+        })
     }
-    Ok(found.map(|found| clip(found, &range)))
+
+    /// The first range of pages in `range` that are present or swapped out.
+    fn first_in(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        const ENTRY: usize = 8;
+        const POPULATED: u64 = 0b11 << 62;
+        let page_size = self.page_size;
+        let mut entries = [0; 512 * ENTRY];
+        let mut found: Option<Range<u64>> = None;
+        let mut at = range.start - range.start % page_size;
+        while at < range.end {
+            let pages = (range.end - at).div_ceil(page_size).min(512) as usize;
+            let entries = &mut entries[..pages * ENTRY];
+            let entry = (self.address + at) / page_size * ENTRY as u64;
+            self.file.read_exact_at(entries, entry)?;
+            for entry in entries.as_chunks::<ENTRY>().0 {
+                let populated = u64::from_ne_bytes(*entry) & POPULATED != 0;
+                match (&mut found, populated) {
+                    (None, true) => found = Some(at..at + page_size),
+                    (Some(found), true) => found.end = at + page_size,
+                    (Some(_), false) => return Ok(found.map(|found| clip(found, &range))),
+                    (None, false) => {}
+                }
+                at += page_size;
+            }
+        }
+        Ok(found.map(|found| clip(found, &range)))
+    }
 }
 
 fn clip(found: Range<u64>, range: &Range<u64>) -> Range<u64> {

@@ -600,7 +600,7 @@ impl TagStore for Arc<Watched> {
     fn write(&self, ipa: u64, tags: &[TagPage]) -> Result<(), tags::Error> {
         assert!(tags.iter().all(|page| *page == TAGS));
         let address = self.memory.host_address.addr().get() as u64 + (ipa - RAM_START);
-        let mapped = Populated::of_private(address, PAGE_SIZE).unwrap();
+        let mapped = Populated::Private(PageMap::of(address, PAGE_SIZE).unwrap());
         let size = tags.len() as u64 * PAGE_SIZE;
         // Its data are in the file; nobody has it in page tables.
         assert!(mapped.first_in(0..size).unwrap().is_none());
