@@ -1,12 +1,9 @@
 # What the conformance tests of all kernels have alike.
 . "$(dirname "${BASH_SOURCE[0]}")/guests.bash"
 
-# conformance_passes: all checks pass on this host's KVM. The host gets swap, in compressed memory.
+# conformance_passes: all checks pass on this host's KVM.
 conformance_passes() {
-    modprobe zram
-    echo 256M > /sys/block/zram0/disksize
-    mkswap --quiet /dev/zram0
-    swapon /dev/zram0
+    add_swap
     conformance | tee checks || fail 'not all checks passed'
     # These the lab's host has; what else is missing is the kernel's to have or not.
     if grep -E 'no swap|none of the freed pages|only root|no file on a disk|no huge pages|no AArch32' checks; then

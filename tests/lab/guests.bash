@@ -82,3 +82,11 @@ wait_for_console_times() {
         sleep 0.2
     done
 }
+
+# add_swap: gives the host swap, in compressed memory. For hosts of a script's own.
+add_swap() {
+    modprobe zram
+    echo 256M > /sys/block/zram0/disksize
+    mkswap --quiet /dev/zram0
+    swapon /dev/zram0
+}

@@ -210,7 +210,8 @@ mod tests {
         read(&clone, 1000);
         write(&clone, 2000, 1);
 
-        assert_eq!(base.large_holes().unwrap(), [PAGE_SIZE..SIZE - PAGE_SIZE]);
+        let hole = PAGE_SIZE..SIZE - PAGE_SIZE;
+        assert_eq!(base.large_holes().unwrap(), [hole]);
         assert_eq!(populated_pages(&clone_of(&base)), [0..1, 4095..4096]);
     }
 
@@ -218,7 +219,8 @@ mod tests {
     fn a_base_without_a_page_is_one_hole() {
         let base = base_with(&[]);
         let clone = clone_of(&base);
-        assert_eq!(base.large_holes().unwrap(), [0..SIZE]);
+        let all = 0..SIZE;
+        assert_eq!(base.large_holes().unwrap(), [all]);
         assert_eq!(populated_pages(&clone), []);
     }
 
