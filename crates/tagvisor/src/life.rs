@@ -9,19 +9,24 @@
 mod tests;
 
 use std::fs::File;
+use std::mem;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use engine::{Hypervisor, Vm, VmBuilder};
 use stream::Snapshot;
 use vmm::config::MachineConfig;
 use vmm::console::Console;
+use vmm::layout::PAGE_SIZE;
 use vmm::machine::snapshot::{self, Progress, SavedMachine};
 use vmm::machine::{Ending, Error, Machine, MachineHandle};
+use vmm::memory::lazy::{self, LazyFill, SnapshotPages};
+use vmm::memory::pages::GuestPages;
 use vmm::virtio::net::MacAddr;
 
 use crate::control::{
@@ -40,6 +45,8 @@ enum Order {
     Delete(Answer),
     Snapshot(SnapshotRequest, Sender<Result<SnapshotReport, Refusal>>),
     Restore(RestoreRequest, Answer),
+    /// A page of a machine that is restored lazily cannot be had, and why.
+    MemoryMissing(String),
     /// Look whether it is all to end.
     Look,
 }
@@ -54,7 +61,7 @@ pub struct Life {
 /// Orders to a VMM, for the thread that carries them out.
 pub struct Orders {
     queue: Receiver<Order>,
-    shared: Arc<Shared>,
+    life: Life,
 }
 
 #[derive(Default)]
@@ -70,7 +77,31 @@ struct Known {
     info: Option<VmInfo>,
     /// A snapshot that is being written.
     snapshot: Option<Arc<Progress>>,
+    /// Memory that comes as it is touched, and has not all come.
+    fill: Option<Arc<LazyFill>>,
     machine: Option<MachineHandle>,
+}
+
+impl Known {
+    /// What is being done with the machine.
+    fn work(&self) -> Option<Work> {
+        if let Some(progress) = &self.snapshot {
+            return Some(Work {
+                what: "snapshot".into(),
+                pages_done: progress.pages_done.load(Ordering::Relaxed),
+                pages_total: progress.pages_total.load(Ordering::Relaxed),
+                bytes: progress.bytes.load(Ordering::Relaxed),
+            });
+        }
+        let fill = self.fill.as_deref().filter(|fill| !fill.is_complete())?;
+        let progress = fill.progress();
+        Some(Work {
+            what: "restore".into(),
+            pages_done: progress.placed,
+            pages_total: progress.pages,
+            bytes: progress.placed * PAGE_SIZE,
+        })
+    }
 }
 
 impl Shared {
@@ -87,12 +118,11 @@ impl Life {
     /// A VMM without a machine.
     pub fn new() -> (Self, Orders) {
         let (orders, queue) = mpsc::channel();
-        let shared = Arc::new(Shared::default());
         let life = Self {
             orders,
-            shared: shared.clone(),
+            shared: Arc::new(Shared::default()),
         };
-        (life, Orders { queue, shared })
+        (life.clone(), Orders { queue, life })
     }
 
     /// Asks for something, and waits for the answer.
@@ -119,12 +149,7 @@ impl Vmm for Life {
     fn info(&self) -> Result<VmInfo, Refusal> {
         let known = self.shared.known();
         let mut info = known.info.clone().ok_or(Refusal::NoVm)?;
-        info.work = known.snapshot.as_deref().map(|progress| Work {
-            what: "snapshot".into(),
-            pages_done: progress.pages_done.load(Ordering::Relaxed),
-            pages_total: progress.pages_total.load(Ordering::Relaxed),
-            bytes: progress.bytes.load(Ordering::Relaxed),
-        });
+        info.work = known.work();
         Ok(info)
     }
 
@@ -206,6 +231,8 @@ struct Landlord<'h, H: Hypervisor> {
     hypervisor: &'h H,
     /// It goes on when its guest has ended the machine.
     stays: bool,
+    /// How it gives itself orders.
+    life: Life,
     shared: Arc<Shared>,
     tenant: Option<Tenant<H>>,
 }
@@ -223,11 +250,12 @@ impl Orders {
     where
         <<H::VmBuilder as VmBuilder>::Vm as Vm>::Vcpu: 'static,
     {
-        let Self { queue, shared } = self;
+        let Self { queue, life } = self;
         let mut vmm = Landlord {
             hypervisor,
             stays: matches!(beginning, Beginning::Empty),
-            shared,
+            shared: life.shared.clone(),
+            life,
             tenant: None,
         };
         if vmm.shared.has_ended() {
@@ -256,7 +284,7 @@ impl Orders {
                 }
                 None => match queue.recv() {
                     Ok(order) => vmm.obey(order),
-                    // Nobody is left who could want anything.
+                    // It cannot be closed: `life` keeps it open.
                     Err(_) => return Ok(Ending::Asked),
                 },
             }
@@ -305,7 +333,49 @@ where
                     .and_then(|()| failed(self.restore(restoration)));
                 let _ = answer.send(restored);
             }
+            Order::MemoryMissing(reason) => self.miss_memory(reason),
             Order::Look => {}
+        }
+    }
+
+    /// The guest cannot go on where it wants to: it is held, in all of its vCPUs, until there is another try.
+    fn miss_memory(&mut self, reason: String) {
+        let Some(machine) = self.running() else {
+            return;
+        };
+        machine.hold();
+        tracing::error!("the guest is paused, and `tagvisor resume` tries again: {reason}");
+        if let Some(info) = &mut self.shared.known().info {
+            info.state = VmState::Paused;
+            info.reason = Some(reason);
+        }
+    }
+
+    /// The memory that has not all come, if so.
+    fn fill(&self) -> Option<Arc<LazyFill>> {
+        let fill = self.shared.known().fill.clone();
+        fill.filter(|fill| !fill.is_complete())
+    }
+
+    /// Waits until all of a lazily restored machine's memory is there: before that it can be neither saved nor stopped.
+    fn settle(&self) -> Result<(), Refusal> {
+        const LOOK_EVERY: Duration = Duration::from_millis(10);
+        let Some(fill) = self.fill() else {
+            return Ok(());
+        };
+        loop {
+            match fill.state() {
+                lazy::State::Complete => return Ok(()),
+                lazy::State::Failed(why) => {
+                    return Err(Refusal::Failed(format!(
+                        "{why}; resume the machine to try again, or end it"
+                    )));
+                }
+                lazy::State::Filling if self.shared.has_ended() => {
+                    return Err(Refusal::Failed("the VMM is ending".into()));
+                }
+                lazy::State::Filling => thread::sleep(LOOK_EVERY),
+            }
         }
     }
 
@@ -436,14 +506,26 @@ where
 
     /// Ends the machine, its disks flushed.
     fn end_machine(&mut self) {
-        self.shared.known().machine = None;
-        if let Some(tenant) = &mut self.tenant {
-            tenant.machine = None;
+        let fill = {
+            let mut known = self.shared.known();
+            known.machine = None;
+            known.fill.take()
+        };
+        let machine = self
+            .tenant
+            .as_mut()
+            .and_then(|tenant| tenant.machine.take());
+        // Its vCPUs may wait in the kernel for what cannot be had, and its end would wait for them; the process' does not.
+        if fill.is_some_and(|fill| matches!(fill.state(), lazy::State::Failed(_))) {
+            mem::forget(machine);
+        } else {
+            drop(machine);
         }
         self.set_state(VmState::Shutdown);
     }
 
     fn pause(&mut self) -> Result<(), Refusal> {
+        self.settle()?;
         let machine = self.machine_in(VmState::Running, "paused")?;
         machine.pause();
         self.set_state(VmState::Paused);
@@ -451,9 +533,17 @@ where
     }
 
     fn resume(&mut self) -> Result<(), Refusal> {
+        let fill = self.fill();
         let machine = self.machine_in(VmState::Paused, "resumed")?;
         failed(machine.resume())?;
-        self.set_state(VmState::Running);
+        if let Some(fill) = fill {
+            fill.retry();
+            machine.release();
+        }
+        if let Some(info) = &mut self.shared.known().info {
+            info.state = VmState::Running;
+            info.reason = None;
+        }
         Ok(())
     }
 
@@ -477,6 +567,7 @@ where
     fn shutdown(&mut self) -> Result<(), Refusal> {
         match self.state().ok_or(Refusal::NoVm)? {
             VmState::Running | VmState::Paused => {
+                self.settle()?;
                 self.end_machine();
                 Ok(())
             }
@@ -489,6 +580,7 @@ where
 
     fn delete(&mut self) -> Result<(), Refusal> {
         self.state().ok_or(Refusal::NoVm)?;
+        self.settle()?;
         self.end_machine();
         self.tenant = None;
         self.shared.known().info = None;
@@ -504,6 +596,7 @@ where
                 state,
             });
         }
+        self.settle()?;
         let machine = self.machine_in(state, "saved")?;
         let base = request.base.as_deref().map(open_base).transpose()?;
         let progress = Arc::new(Progress::default());
@@ -544,7 +637,7 @@ where
         let mut saved = SavedMachine::read(&snapshot).map_err(error)?;
         change(&mut saved.config);
         self.create(saved.config.clone());
-        let restored = self.move_in_restored(&snapshot, &saved, request.paused);
+        let restored = self.move_in_restored(snapshot, &saved, &request);
         if restored.is_err() {
             self.tenant = None;
             self.shared.known().info = None;
@@ -557,29 +650,72 @@ where
 
     fn move_in_restored(
         &mut self,
-        snapshot: &Snapshot<File>,
+        snapshot: Snapshot<File>,
         saved: &SavedMachine,
-        paused: bool,
+        request: &RestoreRequest,
     ) -> Result<(), Error> {
         let hypervisor = self.hypervisor;
+        let life = self.life.clone();
         let Some(tenant) = &mut self.tenant else {
             return Ok(());
         };
         let console = tenant
             .console
             .insert(Console::open_again(&tenant.config.console)?);
-        let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        let machine =
-            Machine::restored(hypervisor, &tenant.config, &saved.state, console, |pages| {
-                Ok(stream::restore(snapshot, pages, threads)?)
-            })?;
-        let state = if paused {
+        let mut fill = None;
+        let fill_memory = |pages: &GuestPages| {
+            if request.lazy {
+                fill = Some(start_fill(pages, snapshot, life)?);
+            } else {
+                let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+                stream::restore(&snapshot, pages, threads)?;
+            }
+            Ok(())
+        };
+        let machine = Machine::restored(
+            hypervisor,
+            &tenant.config,
+            &saved.state,
+            console,
+            fill_memory,
+        )?;
+        self.shared.known().fill = fill;
+        let state = if request.paused {
             VmState::Paused
         } else {
             VmState::Running
         };
         self.move_in(machine, state)
     }
+}
+
+impl<H: Hypervisor> Drop for Landlord<'_, H> {
+    fn drop(&mut self) {
+        self.end_machine();
+    }
+}
+
+/// Begins to fill memory as it is touched.
+fn start_fill(
+    pages: &GuestPages,
+    snapshot: Snapshot<File>,
+    life: Life,
+) -> Result<Arc<LazyFill>, Error> {
+    let source = SnapshotPages::new(snapshot);
+    let on_event = move |event| {
+        if let lazy::Event::Failed(why) = event {
+            // Nobody carries orders out any more: then it has ended.
+            let _ = life.orders.send(Order::MemoryMissing(why.to_string()));
+            life.call();
+        }
+    };
+    let fill = LazyFill::start(
+        pages.memory().clone(),
+        source,
+        lazy::Options::default(),
+        on_event,
+    )?;
+    Ok(Arc::new(fill))
 }
 
 /// Why a VMM ended that was not asked to.

@@ -132,6 +132,9 @@ pub enum Error {
     /// Memory could not be restored.
     #[error(transparent)]
     Pages(#[from] stream::Error),
+    /// Memory cannot be brought when it is touched.
+    #[error(transparent)]
+    Lazy(#[from] memory::lazy::Error),
     /// A vCPU's thread panicked.
     #[error(
         "a vCPU's thread panicked; what it said before is a defect of Tagvisor's, please report it"
@@ -348,6 +351,24 @@ where
             vcpus.pause();
         }
         self.pause_devices();
+    }
+
+    /// Stops those vCPUs that can be stopped, and waits for none: one may be waiting for memory that cannot be had
+    /// ([`crate::memory::lazy`]). Until [`Machine::release`], nothing else may be done with the machine.
+    pub fn hold(&self) {
+        if let Some(vcpus) = &self.vcpus {
+            vcpus.hold();
+        }
+    }
+
+    /// Lets vCPUs go on that were held.
+    pub fn release(&mut self) {
+        if self.is_running()
+            && !self.has_ended()
+            && let Some(vcpus) = &self.vcpus
+        {
+            vcpus.resume();
+        }
     }
 
     fn pause_devices(&mut self) {

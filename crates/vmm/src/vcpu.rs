@@ -157,6 +157,11 @@ impl<V: Vcpu + 'static> VcpuThreads<V> {
         self.gate.set(RunState::Running);
     }
 
+    /// Stops the vCPUs where they are, without waiting for one that the host does not let out.
+    pub fn hold(&self) {
+        self.request(RunState::Paused);
+    }
+
     /// Stops the vCPUs where they are, and returns when all of them wait.
     pub fn pause(&self) {
         self.request(RunState::Paused);

@@ -16,6 +16,7 @@ use stream::{Batch, Compression, Encoder, Header, Page, Snapshot, StreamId, Stre
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::*;
+use crate::memory::populated::PageMap;
 
 const FIRST: u64 = RAM_START / PAGE_SIZE;
 const CHUNK: u64 = 32;
