@@ -250,7 +250,7 @@ impl GuestMemory {
         };
         if !plan.huge_pages {
             // For hosts that give transparent huge pages to those who ask.
-            advise(&region, libc::MADV_HUGEPAGE);
+            advise(region.as_ptr(), region.size(), libc::MADV_HUGEPAGE);
         }
         let populated = match file {
             Some(file) => Populated::File(file),
@@ -453,11 +453,12 @@ fn map_clone(base: &Base) -> io::Result<vm_memory::MmapRegion<AtomicBitmap>> {
             .with_file_offset(file),
     )?;
     for hole in base.large_holes()? {
+        let length = (hole.end - hole.start) as usize;
         // SAFETY: the hole is within the region, which nobody has seen yet, and made of whole pages.
         let mapped = unsafe {
             libc::mmap(
                 region.as_ptr().add(hole.start as usize).cast(),
-                (hole.end - hole.start) as usize,
+                length,
                 READ_WRITE,
                 flags | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
                 -1,
@@ -467,9 +468,9 @@ fn map_clone(base: &Base) -> io::Result<vm_memory::MmapRegion<AtomicBitmap>> {
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
+        // A clone is to cost what it writes, and not 2 MiB where it writes a byte.
+        advise(mapped.cast(), length, libc::MADV_NOHUGEPAGE);
     }
-    // A clone is to cost what it writes, and not 2 MiB where it writes a byte.
-    advise(&region, libc::MADV_NOHUGEPAGE);
     Ok(region)
 }
 
@@ -477,9 +478,10 @@ fn page_map(region: &vm_memory::MmapRegion<AtomicBitmap>) -> io::Result<PageMap>
     PageMap::of(region.as_ptr().addr() as u64, host_page_size())
 }
 
-fn advise(region: &vm_memory::MmapRegion<AtomicBitmap>, advice: libc::c_int) {
-    // SAFETY: the range is the mapping's; the advice is about huge pages and changes no contents.
-    let result = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
+/// Advises the host about huge pages in a mapping of guest memory.
+fn advise(start: *mut u8, length: usize, advice: libc::c_int) {
+    // SAFETY: the callers' mappings hold guest memory alone, and the advice changes no contents.
+    let result = unsafe { libc::madvise(start.cast(), length, advice) };
     if result != 0 {
         tracing::debug!("madvise {advice}: {}", io::Error::last_os_error());
     }
