@@ -58,6 +58,7 @@ pub fn device_tree(machine: &Description<'_>) -> Result<Vec<u8>, Error> {
     clock(&mut fdt)?;
     serial(&mut fdt)?;
     rtc(&mut fdt)?;
+    generation(&mut fdt)?;
     for index in 0..machine.virtio_devices {
         virtio(&mut fdt, index)?;
     }
@@ -188,6 +189,15 @@ fn rtc(fdt: &mut FdtWriter) -> Result<(), Error> {
     fdt.end_node(node)
 }
 
+/// As `rng/microsoft,vmgenid.yaml` wants it.
+fn generation(fdt: &mut FdtWriter) -> Result<(), Error> {
+    let node = fdt.begin_node(&format!("rng@{:x}", layout::GENERATION))?;
+    fdt.property_string("compatible", "microsoft,vmgenid")?;
+    fdt.property_array_u64("reg", &[layout::GENERATION, layout::DEVICE_SIZE])?;
+    fdt.property_array_u32("interrupts", &[SPI, layout::GENERATION_SPI, EDGE_RISING])?;
+    fdt.end_node(node)
+}
+
 fn virtio(fdt: &mut FdtWriter, index: u32) -> Result<(), Error> {
     let address = layout::virtio_device(index);
     let node = fdt.begin_node(&format!("virtio_mmio@{address:x}"))?;
@@ -269,6 +279,7 @@ mod tests {
                 "apb-pclk",
                 "serial@9000000",
                 "rtc@9010000",
+                "rng@9020000",
                 "virtio_mmio@a000000",
                 "virtio_mmio@a001000",
             ]
@@ -411,6 +422,15 @@ mod tests {
         assert_eq!(text(&tree, "/apb-pclk", "compatible"), "fixed-clock\0");
         assert_eq!(cells(&tree, "/apb-pclk", "#clock-cells"), [0]);
         assert_eq!(cells(&tree, "/apb-pclk", "clock-frequency"), [24_000_000]);
+    }
+
+    #[test]
+    fn the_generation_id_is_a_page_and_its_change_an_edge() {
+        let tree = device_tree(&machine("")).unwrap();
+        let rng = "/rng@9020000";
+        assert_eq!(text(&tree, rng, "compatible"), "microsoft,vmgenid\0");
+        assert_eq!(cells(&tree, rng, "reg"), [0, 0x902_0000, 0, 0x1000]);
+        assert_eq!(cells(&tree, rng, "interrupts"), [0, 2, 1]);
     }
 
     #[test]

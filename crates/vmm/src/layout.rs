@@ -5,6 +5,7 @@
 //! | 0x0800_0000 | GIC distributor |
 //! | 0x0900_0000 | serial port |
 //! | 0x0901_0000 | real-time clock |
+//! | 0x0902_0000 | generation ID, memory that the guest cannot write |
 //! | 0x0a00_0000 | virtio-mmio devices, one page each |
 //! | 0x1000_0000 | GIC redistributors, 128 KiB a vCPU |
 //! | 0x4000_0000 | RAM, in one piece |
@@ -29,6 +30,10 @@ pub const SERIAL: u64 = 0x0900_0000;
 pub const SERIAL_SPI: u32 = 1;
 /// The real-time clock, PL031.
 pub const RTC: u64 = 0x0901_0000;
+/// The generation ID. A page of the host's is there, and those have up to 64 KiB.
+pub const GENERATION: u64 = 0x0902_0000;
+/// The generation ID's interrupt.
+pub const GENERATION_SPI: u32 = 2;
 /// Bytes of a device's range.
 pub const DEVICE_SIZE: u64 = 0x1000;
 

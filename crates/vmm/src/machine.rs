@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::bus::Bus;
 use crate::config::{MachineConfig, MemorySize};
 use crate::console::{Connection, Console};
+use crate::devices::generation::{Generation, GenerationId};
 use crate::devices::rtc::{ClockState, RealTimeClock};
 use crate::devices::serial::SerialPortState;
 use crate::memory::GuestMemory;
@@ -24,7 +25,7 @@ use crate::terminal::Command;
 use crate::vcpu::{VcpuEvent, VcpuThreads};
 use crate::virtio::mmio::{MmioTransport, TransportState};
 use crate::{boot, console, memory, virtio};
-use assembly::{MachinePort, Start};
+use assembly::{MachinePort, SpiLine, Start};
 
 /// Why a machine could not be built, or could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -172,6 +173,8 @@ pub struct MachineState {
     pub serial: SerialPortState,
     /// The real-time clock.
     pub clock: ClockState,
+    /// What the guest takes for its generation.
+    pub generation: GenerationId,
 }
 
 /// How a machine ended.
@@ -229,6 +232,7 @@ pub struct Machine<H: Hypervisor> {
     bus: Arc<Bus>,
     serial: Arc<MachinePort<VmOf<H>>>,
     clock: Arc<RealTimeClock>,
+    generation: Generation<SpiLine<VmOf<H>>>,
     virtio: Vec<Arc<MmioTransport>>,
     /// What it was built from.
     config: MachineConfig,
@@ -304,6 +308,7 @@ where
                 Start::Boot => Running::NotYet,
                 Start::Restored(_) => Running::Paused,
             },
+            generation: parts.generation,
             virtio: parts.virtio,
             config: config.clone(),
             events,
@@ -335,6 +340,18 @@ where
     pub fn tags(&self) -> Option<Box<dyn TagStore>> {
         self.mte?;
         Some(tag_store(self.memory.clone(), self.vm.clone()))
+    }
+
+    /// Tells the guest, once it runs, that others may go on from the state that it was restored from: its kernel then draws
+    /// other random numbers than theirs. For every restore and clone; a guest that migrated is still the only one.
+    ///
+    /// # Errors
+    /// The host has no randomness to give.
+    pub fn renew_generation(&self) -> Result<(), Error> {
+        self.generation.renew().map_err(|source| Error::Host {
+            step: "making a new generation ID for the guest",
+            source,
+        })
     }
 
     /// Whether the guest runs, as far as the machine is concerned.
@@ -443,6 +460,7 @@ where
             virtio: virtio?,
             serial: self.serial.state(),
             clock: self.clock.state(),
+            generation: self.generation.id(),
         })
     }
 
@@ -497,8 +515,10 @@ impl<H: Hypervisor> Drop for Machine<H> {
         for device in &self.virtio {
             device.pause();
         }
-        if let Err(e) = self.vm.delete_memslot(self.memory.memslot().slot) {
-            tracing::warn!("{e}");
+        for memslot in [self.memory.memslot(), self.generation.memslot()] {
+            if let Err(e) = self.vm.delete_memslot(memslot.slot) {
+                tracing::warn!("{e}");
+            }
         }
     }
 }

@@ -16,6 +16,7 @@ use crate::boot::{self, Loaded};
 use crate::bus::{Bus, MmioDevice};
 use crate::config::{DiskConfig, MachineConfig, MemorySize, MteConfig, NetConfig};
 use crate::console::{Connection, Console};
+use crate::devices::generation::{Generation, GenerationId};
 use crate::devices::rtc::RealTimeClock;
 use crate::devices::serial::{SerialPort, SerialPortState};
 use crate::fdt;
@@ -35,6 +36,7 @@ pub(super) struct Parts<H: Hypervisor> {
     pub bus: Arc<Bus>,
     pub serial: Arc<MachinePort<VmOf<H>>>,
     pub clock: Arc<RealTimeClock>,
+    pub generation: Generation<SpiLine<VmOf<H>>>,
     pub virtio: Vec<Arc<MmioTransport>>,
     pub mte: Option<MteFeatures>,
     pub vm: Arc<VmOf<H>>,
@@ -96,6 +98,7 @@ pub(super) fn assemble<H: Hypervisor>(
     let (serial, console) = add_serial_port(&mut bus, &vm, console, on_command, serial_state)?;
     let clock = Arc::new(RealTimeClock::new());
     bus.add(layout::RTC, DEVICE_SIZE, clock.clone());
+    let generation = add_generation(&vm, start)?;
 
     if let Some(loaded) = &loaded {
         let description = fdt::Description {
@@ -124,6 +127,7 @@ pub(super) fn assemble<H: Hypervisor>(
         bus: Arc::new(bus),
         serial,
         clock,
+        generation,
         virtio,
         mte,
         vm,
@@ -354,6 +358,27 @@ fn add_serial_port<V: Vm>(
     let (port, connection) = console.connect(line, on_command, state)?;
     bus.add(layout::SERIAL, DEVICE_SIZE, port.clone());
     Ok((port, connection))
+}
+
+/// A machine that was just made has an ID of its own; one that was restored has that of the one saved.
+fn add_generation<V: Vm>(vm: &Arc<V>, start: Start<'_>) -> Result<Generation<SpiLine<V>>, Error> {
+    let host = |source| Error::Host {
+        step: "making the guest's generation ID",
+        source,
+    };
+    let id = match start {
+        Start::Boot => GenerationId::random().map_err(host)?,
+        Start::Restored(state) => state.generation,
+    };
+    let line = SpiLine {
+        vm: vm.clone(),
+        spi: spi(layout::GENERATION_SPI),
+    };
+    let generation = Generation::new(id, line).map_err(host)?;
+    // SAFETY: the page holds the ID alone. It is in `Parts` and then in `Machine`, which deletes the slot
+    // before it drops the page; if assembling fails, no vCPU ever runs.
+    unsafe { vm.set_memslot(&generation.memslot()) }?;
+    Ok(generation)
 }
 
 fn spi(number: u32) -> Spi {
