@@ -26,6 +26,11 @@ dd if=/dev/vda bs=64k skip=64 count=32 2> /dev/null | cmp -n 2097152 - /dev/zero
 echo guest: what was discarded is zero
 test "$(cat /sys/block/vdb/ro)" = 1
 echo "guest: read-only $(sha256sum < /dev/vdb)"
+dd if=/tmp/written of=/dev/vdc bs=4k seek=3 count=100 conv=fsync 2> /dev/null
+echo 3 > /proc/sys/vm/drop_caches
+dd if=/dev/vdc bs=4k skip=3 count=100 2> /dev/null | cmp -n 409600 - /tmp/written
+dd if=/dev/vdb bs=4k count=3 2> /dev/null | cmp -n 12288 - /dev/vdc
+echo guest: the overlay holds what was written
 cat /sys/class/misc/hw_random/rng_current
 echo "guest: entropy $(head -c 64 /dev/hwrng | wc -c)"
 test "$(cat /sys/class/net/eth0/address)" = 02:00:00:00:00:07
@@ -58,7 +63,7 @@ python3 -u -m http.server --bind 192.0.2.1 8000 > server.log 2>&1 &
 server=$!
 until grep -q Serving server.log || ! kill -0 $server; do sleep 0.1; done
 INITRD=guest.initrd linux devices trixie --cpus 2 \
-    --disk data.img,id=data --disk read-only.img,readonly \
+    --disk data.img,id=data --disk read-only.img,readonly --disk read-only.img,overlay \
     --net tv0,mac=02:00:00:00:00:07 --port talk,socket=talk.sock -- sh /devices &
 vmm=$!
 wait_for_console devices 'guest: listens' $vmm
@@ -77,6 +82,8 @@ wait $vmm || fail "tagvisor ended with status $?"
 kill $server
 console_has devices 'guest: exit 0'
 console_has devices "guest: read-only $sum"
+console_has devices 'guest: the overlay holds what was written'
+[ "$(sha256sum < read-only.img)" = "$sum  -" ] || fail 'the image below an overlay was written'
 console_has devices "guest: network $sum"
 console_has devices "guest: received $sum"
 console_has devices 'guest: entropy 64'

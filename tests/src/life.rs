@@ -42,6 +42,7 @@ fn goes_on_in_another_machine() -> Result<()> {
             .then(|| snapshot::open(&base, &[]))
             .transpose()?;
         let options = snapshot::Options {
+            config: &config(),
             base: base.as_ref(),
             compression: Compression::default(),
             progress: &Progress::default(),

@@ -94,7 +94,7 @@ fn with_suggestion(message: String) -> String {
 mod tests {
     use std::io::Write;
 
-    use vmm::config::{DiskConfig, MemorySize, MteConfig, NetConfig, PortConfig};
+    use vmm::config::{DiskConfig, MemorySize, MteConfig, NetConfig, OverlayConfig, PortConfig};
 
     use super::*;
 
@@ -128,14 +128,14 @@ mod tests {
     fn disks_interfaces_and_ports_may_be_tables_whose_paths_have_commas() {
         let toml = read_text(
             ".toml",
-            "disk = ['a.img', { path = 'b,c.img', readonly = true, id = 'data' }]\n\
+            "disk = ['a.img', { path = 'b,c.img', overlay = 'd,e', id = 'data' }, { path = 'f', overlay = true }]\n\
              net = [{ tap = 'tap0', mac = '02:00:00:00:00:01', mtu = 1400 }]\n\
              [[port]]\nname = 'agent'\nsocket = '/run/a,b'\n",
         )
         .unwrap();
         let json = read_text(
             ".json",
-            r#"{"disk": ["a.img", {"path": "b,c.img", "readonly": true, "id": "data"}],
+            r#"{"disk": ["a.img", {"path": "b,c.img", "overlay": "d,e", "id": "data"}, {"path": "f", "overlay": true}],
                 "net": [{"tap": "tap0", "mac": "02:00:00:00:00:01", "mtu": 1400}],
                 "port": [{"name": "agent", "socket": "/run/a,b"}]}"#,
         )
@@ -148,9 +148,11 @@ mod tests {
                 "a.img".parse().unwrap(),
                 DiskConfig {
                     path: "b,c.img".into(),
-                    readonly: true,
+                    readonly: false,
+                    overlay: Some(OverlayConfig::File("d,e".into())),
                     id: Some("data".into())
-                }
+                },
+                "f,overlay".parse().unwrap(),
             ]
         );
         assert_eq!(
@@ -173,11 +175,15 @@ mod tests {
         let machine = MachineConfig {
             memory: MemorySize(513 << 10),
             mte: "3".parse().unwrap(),
-            disk: vec![DiskConfig {
-                path: "a,readonly".into(),
-                readonly: false,
-                id: None,
-            }],
+            disk: vec![
+                DiskConfig {
+                    path: "a,readonly".into(),
+                    readonly: false,
+                    overlay: Some(OverlayConfig::File("b,overlay".into())),
+                    id: None,
+                },
+                "c,overlay".parse().unwrap(),
+            ],
             net: vec!["tap0,mtu=1400".parse().unwrap()],
             port: vec!["agent,socket=/run/a".parse().unwrap()],
             ..MachineConfig::default()
@@ -196,6 +202,19 @@ mod tests {
             .to_string();
         assert!(error.contains("unknown field `read-only`"), "{error}");
         assert!(error.ends_with("did you mean `readonly`?"), "{error}");
+    }
+
+    #[test]
+    fn an_overlay_that_is_none_is_refused() {
+        let off = read_text(".toml", "disk = [{ path = 'a', overlay = false }]\n").unwrap_err();
+        let number = read_text(".toml", "disk = [{ path = 'a', overlay = 1 }]\n").unwrap_err();
+        assert!(off.to_string().contains("leave it out"), "{off}");
+        assert!(
+            number
+                .to_string()
+                .contains("expected `true` or the path of a file"),
+            "{number}"
+        );
     }
 
     #[test]
@@ -219,8 +238,9 @@ mod tests {
         let disk = read_text(".json", r#"{"disk": [1]}"#).unwrap_err();
         let memory = read_text(".json", r#"{"memory": -1}"#).unwrap_err();
         assert!(
-            disk.to_string()
-                .contains("expected a disk: `PATH[,readonly][,id=SERIAL]`, or a table"),
+            disk.to_string().contains(
+                "expected a disk: `PATH[,readonly][,overlay[=FILE]][,id=SERIAL]`, or a table"
+            ),
             "{disk}"
         );
         assert!(

@@ -20,13 +20,14 @@ use std::time::Duration;
 
 use engine::{Hypervisor, Vm, VmBuilder};
 use stream::Snapshot;
-use vmm::config::MachineConfig;
+use vmm::config::{DiskConfig, MachineConfig};
 use vmm::console::Console;
 use vmm::layout::PAGE_SIZE;
 use vmm::machine::snapshot::{self, Progress, SavedMachine};
 use vmm::machine::{Ending, Error, Machine, MachineHandle};
 use vmm::memory::lazy::{self, LazyFill, SnapshotPages};
 use vmm::memory::pages::GuestPages;
+use vmm::virtio::block::hold_temporary;
 use vmm::virtio::net::MacAddr;
 
 use crate::control::{
@@ -220,10 +221,35 @@ pub struct Restoration {
 
 /// The machine that a VMM has.
 struct Tenant<H: Hypervisor> {
+    /// As it was given, with addresses chosen: what a snapshot says.
     config: MachineConfig,
+    /// The files of overlays without a name, which outlast resets.
+    overlays: Overlays,
     // Dropped in this order: the machine writes to the console until it is gone.
     machine: Option<Machine<H>>,
     console: Option<Console>,
+}
+
+/// The disks of a configuration with the files of overlays without a name, once these were made.
+#[derive(Default)]
+struct Overlays(Option<(Vec<DiskConfig>, Vec<File>)>);
+
+impl Overlays {
+    /// The configuration with disks that name their overlays.
+    fn named(&mut self, config: &MachineConfig) -> Result<MachineConfig, Error> {
+        let (disks, _) = match &mut self.0 {
+            Some(held) => held,
+            none => {
+                let mut disks = config.disk.clone();
+                let files = hold_temporary(&mut disks)?;
+                none.insert((disks, files))
+            }
+        };
+        Ok(MachineConfig {
+            disk: disks.clone(),
+            ..config.clone()
+        })
+    }
 }
 
 /// The VMM, on the thread that has the machine.
@@ -457,6 +483,7 @@ where
         });
         self.tenant = Some(Tenant {
             config,
+            overlays: Overlays::default(),
             machine: None,
             console: None,
         });
@@ -482,7 +509,8 @@ where
             Some(console) => console,
             none => none.insert(Console::open(&tenant.config.console)?),
         };
-        let machine = Machine::new(hypervisor, &tenant.config, console)?;
+        let config = tenant.overlays.named(&tenant.config)?;
+        let machine = Machine::new(hypervisor, &config, console)?;
         self.move_in(machine, VmState::Running)
     }
 
@@ -597,10 +625,15 @@ where
             });
         }
         self.settle()?;
+        let config = match &self.tenant {
+            Some(tenant) => tenant.config.clone(),
+            None => return Err(Refusal::NoVm),
+        };
         let machine = self.machine_in(state, "saved")?;
         let base = request.base.as_deref().map(open_base).transpose()?;
         let progress = Arc::new(Progress::default());
         let options = snapshot::Options {
+            config: &config,
             base: base.as_ref(),
             compression: request.compression,
             progress: &progress,
@@ -636,6 +669,7 @@ where
             snapshot::open(&request.file, &request.bases).map_err(|source| error(source.into()))?;
         let mut saved = SavedMachine::read(&snapshot).map_err(error)?;
         change(&mut saved.config);
+        saved.check_disks().map_err(error)?;
         self.create(saved.config.clone());
         let restored = self.move_in_restored(snapshot, &saved, &request);
         if restored.is_err() {
@@ -672,13 +706,9 @@ where
             }
             Ok(())
         };
-        let machine = Machine::restored(
-            hypervisor,
-            &tenant.config,
-            &saved.state,
-            console,
-            fill_memory,
-        )?;
+        let config = tenant.overlays.named(&tenant.config)?;
+        let machine = Machine::restored(hypervisor, &config, &saved.state, console, fill_memory)?;
+        machine.renew_generation()?;
         self.shared.known().fill = fill;
         let state = if request.paused {
             VmState::Paused

@@ -73,7 +73,9 @@ pub struct Args {
     /// The serial console: stdio, off, or file=PATH (output only) [default: stdio]
     #[arg(long, value_name = "WHERE", value_parser = parse_console)]
     console: Option<ConsoleConfig>,
-    /// A disk from a raw image or block device: PATH[,readonly][,id=SERIAL]; each one given adds a disk
+    /// A disk from a raw image or block device: PATH[,readonly][,overlay[=FILE]][,id=SERIAL]; each one given adds a disk.
+    /// With an overlay, what the guest writes goes to FILE, or without it to a file that ends with the machine, and
+    /// any number of machines can use the image
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskConfig>,
     /// A network interface on an existing tap: TAP[,mac=ADDRESS][,mtu=BYTES]; each one given adds an interface

@@ -88,7 +88,13 @@ impl MachineConfig {
             ConsoleConfig::Stdio | ConsoleConfig::Off => None,
         };
         let files = [&mut self.kernel, &mut self.initrd, &mut self.flat];
-        let disks = self.disk.iter_mut().map(|disk| &mut disk.path);
+        let disks = self.disk.iter_mut().flat_map(|disk| {
+            let overlay = match &mut disk.overlay {
+                Some(OverlayConfig::File(path)) => Some(path),
+                Some(OverlayConfig::Temporary) | None => None,
+            };
+            [&mut disk.path].into_iter().chain(overlay)
+        });
         let sockets = self.port.iter_mut().map(|port| &mut port.socket);
         for path in files
             .into_iter()
@@ -338,7 +344,7 @@ impl<'a> Iterator for Options<'a> {
     }
 }
 
-/// A disk: `PATH[,readonly][,id=SERIAL]`.
+/// A disk: `PATH[,readonly][,overlay[=FILE]][,id=SERIAL]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(remote = "Self", deny_unknown_fields)]
 pub struct DiskConfig {
@@ -348,6 +354,8 @@ pub struct DiskConfig {
     /// The guest may not write it.
     #[serde(default)]
     pub readonly: bool,
+    /// Where the guest's writes go instead, so that others can use the image too.
+    pub overlay: Option<OverlayConfig>,
     /// The serial by which the guest finds it; at most 20 characters.
     pub id: Option<String>,
 }
@@ -360,13 +368,21 @@ impl FromStr for DiskConfig {
         let mut disk = Self {
             path: path.into(),
             readonly: false,
+            overlay: None,
             id: None,
         };
         while let Some(option) = options.next() {
             match option {
                 ("readonly" | "ro", None) => disk.readonly = true,
+                ("overlay", None) => disk.overlay = Some(OverlayConfig::Temporary),
+                ("overlay", Some(file)) if !file.is_empty() => {
+                    disk.overlay = Some(OverlayConfig::File(file.into()));
+                }
                 ("id", Some(id)) => disk.id = Some(id.into()),
-                (other, _) => return Err(options.unknown(other, "`readonly` and `id=SERIAL`")),
+                (other, _) => {
+                    let known = "`readonly`, `overlay`, `overlay=FILE` and `id=SERIAL`";
+                    return Err(options.unknown(other, known));
+                }
             }
         }
         Ok(disk)
@@ -375,8 +391,52 @@ impl FromStr for DiskConfig {
 
 read_from_text_or_table!(
     DiskConfig,
-    "a disk: `PATH[,readonly][,id=SERIAL]`, or a table with `path`, `readonly` and `id`"
+    "a disk: `PATH[,readonly][,overlay[=FILE]][,id=SERIAL]`, or a table with `path`, `readonly`, `overlay` and `id`"
 );
+
+/// Where a disk's writes go: `true` or a file's path in a table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "OverlayValue", into = "OverlayValue")]
+pub enum OverlayConfig {
+    /// To a file that is made if it does not exist, and kept.
+    File(PathBuf),
+    /// To a file without a name, which ends with the machine.
+    Temporary,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected `true` or the path of a file")]
+enum OverlayValue {
+    Temporary(bool),
+    File(PathBuf),
+}
+
+impl TryFrom<OverlayValue> for OverlayConfig {
+    type Error = InvalidValue;
+
+    fn try_from(value: OverlayValue) -> Result<Self, InvalidValue> {
+        let invalid = |text, why| Err(InvalidValue::new("overlay", text, why));
+        match value {
+            OverlayValue::Temporary(true) => Ok(Self::Temporary),
+            OverlayValue::Temporary(false) => {
+                invalid("false", "leave it out for a disk without an overlay")
+            }
+            OverlayValue::File(path) if path.as_os_str().is_empty() => {
+                invalid("", "an empty text means nothing here")
+            }
+            OverlayValue::File(path) => Ok(Self::File(path)),
+        }
+    }
+}
+
+impl From<OverlayConfig> for OverlayValue {
+    fn from(overlay: OverlayConfig) -> Self {
+        match overlay {
+            OverlayConfig::File(path) => Self::File(path),
+            OverlayConfig::Temporary => Self::Temporary(true),
+        }
+    }
+}
 
 /// A network interface: `TAP[,mac=ADDRESS][,mtu=BYTES]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -536,9 +596,22 @@ mod tests {
             DiskConfig {
                 path: "a.img".into(),
                 readonly: true,
+                overlay: None,
                 id: Some("root".into())
             }
         );
+    }
+
+    #[test]
+    fn a_disk_has_an_overlay_in_a_file_or_without_a_name() {
+        let overlay = |text: &str| text.parse::<DiskConfig>().map(|disk| disk.overlay);
+        assert_eq!(overlay("a.img"), Ok(None));
+        assert_eq!(overlay("a.img,overlay"), Ok(Some(OverlayConfig::Temporary)));
+        assert_eq!(
+            overlay("a.img,overlay=b,id=root"),
+            Ok(Some(OverlayConfig::File("b".into())))
+        );
+        assert!(overlay("a.img,overlay=").is_err());
     }
 
     #[test]
@@ -546,7 +619,8 @@ mod tests {
         let error = "a.img,read-only".parse::<DiskConfig>().unwrap_err();
         assert_eq!(
             error.to_string(),
-            "disk `a.img,read-only`: unknown option `read-only`; there are `readonly` and `id=SERIAL`"
+            "disk `a.img,read-only`: unknown option `read-only`; there are `readonly`, `overlay`, `overlay=FILE` \
+             and `id=SERIAL`"
         );
     }
 

@@ -234,8 +234,6 @@ pub struct Machine<H: Hypervisor> {
     clock: Arc<RealTimeClock>,
     generation: Generation<SpiLine<VmOf<H>>>,
     virtio: Vec<Arc<MmioTransport>>,
-    /// What it was built from.
-    config: MachineConfig,
     running: Running,
     events: Receiver<Event>,
     /// An event that was seen before it could be acted on.
@@ -310,7 +308,6 @@ where
             },
             generation: parts.generation,
             virtio: parts.virtio,
-            config: config.clone(),
             events,
             seen: None,
             sender,

@@ -349,6 +349,7 @@ impl DiskConfig {
             path: self.path,
             readonly: self.readonly,
             id: self.serial,
+            overlay: None,
         })
     }
 }

@@ -14,7 +14,7 @@ use vm_superio::Trigger;
 use super::{Error, MachineState, VcpuOf, VmOf, cpu};
 use crate::boot::{self, Loaded};
 use crate::bus::{Bus, MmioDevice};
-use crate::config::{DiskConfig, MachineConfig, MemorySize, MteConfig, NetConfig};
+use crate::config::{DiskConfig, MachineConfig, MemorySize, MteConfig, NetConfig, OverlayConfig};
 use crate::console::{Connection, Console};
 use crate::devices::generation::{Generation, GenerationId};
 use crate::devices::rtc::RealTimeClock;
@@ -23,7 +23,7 @@ use crate::fdt;
 use crate::layout::{self, DEVICE_SIZE};
 use crate::memory::{GuestMemory, MemoryPlan};
 use crate::terminal::Command;
-use crate::virtio::block::{Access, Block, Image, Serial};
+use crate::virtio::block::{Access, Block, DiskError, Image, OverlayPlace, Serial};
 use crate::virtio::console::{Console as VirtioConsole, Port};
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::net::{MacAddr, Net, Tap, TapSource};
@@ -304,18 +304,25 @@ fn virtio_devices(config: &MachineConfig) -> Result<Vec<Box<dyn VirtioDevice>>, 
 }
 
 fn block_device(index: usize, disk: &DiskConfig) -> Result<Block, Error> {
-    let access = if disk.readonly {
-        Access::ReadOnly
-    } else {
-        Access::ReadWrite
-    };
     let serial = disk
         .id
         .as_deref()
         .map(Serial::new)
         .transpose()?
         .unwrap_or_default();
-    let image = Image::open(&disk.path, access)?;
+    let image = match (&disk.overlay, disk.readonly) {
+        (None, true) => Image::open(&disk.path, Access::ReadOnly),
+        (None, false) => Image::open(&disk.path, Access::ReadWrite),
+        (Some(_), true) => Err(DiskError::ReadOnlyOverlay {
+            path: disk.path.clone(),
+        }),
+        (Some(OverlayConfig::Temporary), false) => {
+            Image::open_below(&disk.path, &OverlayPlace::Temporary)
+        }
+        (Some(OverlayConfig::File(file)), false) => {
+            Image::open_below(&disk.path, &OverlayPlace::File(file.clone()))
+        }
+    }?;
     Ok(Block::new(format!("disk{index}"), image, serial))
 }
 

@@ -1,10 +1,14 @@
-//! Snapshots of machines: a file of pages with their tags (`stream`), and three saved states.
+//! Snapshots of machines: a file of pages with their tags (`stream`), and four saved states.
 //!
 //! | state | what |
 //! |---|---|
 //! | `config` | the [`MachineConfig`], JSON |
 //! | `platform` | what the guest saw of its machine ([`Platform`]), JSON |
 //! | `machine` | all but memory ([`MachineState`]), JSON |
+//! | `disks` | the disks as they were ([`Disks`]), JSON |
+//!
+//! What is on the disks is not in a snapshot. A guest that goes on from one must find its disks as they were, so a
+//! restore is refused when a file of theirs was written since.
 //!
 //! A guest that runs goes on while its memory is written: first all of it, then, by the dirty log, what
 //! changed meanwhile, until that is little; then it stands still for as long as its state is read and the last
@@ -16,6 +20,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -33,16 +38,17 @@ use stream::{
 use tempfile::NamedTempFile;
 
 use super::{Machine, MachineState, VcpuOf, cpu};
-use crate::config::MachineConfig;
+use crate::config::{DiskConfig, MachineConfig, OverlayConfig};
 use crate::memory::GuestMemory;
 use crate::memory::dirty::{DirtyPages, DirtySource};
 use crate::memory::pages::GuestPages;
 
-/// The version of the three states' formats.
+/// The version of the states' formats.
 const STATE_VERSION: u32 = 1;
 const CONFIG: &str = "config";
 const PLATFORM: &str = "platform";
 const MACHINE: &str = "machine";
+const DISKS: &str = "disks";
 
 /// So few pages that it pays to stop the guest for them, rather than to go through them while it runs: 8 MiB.
 const FEW: u64 = 2048;
@@ -78,6 +84,11 @@ pub enum Error {
     /// The machine.
     #[error(transparent)]
     Machine(#[from] super::Error),
+    /// A disk whose contents would be lost.
+    #[error(
+        "disk {0} has an overlay without a name, which ends with its machine: nobody could go on from a snapshot; start the machine with overlay=FILE"
+    )]
+    TemporaryOverlay(PathBuf),
     /// There is no machine any more that could be saved.
     #[error("the machine ended while its snapshot was written")]
     Ended,
@@ -110,6 +121,16 @@ pub enum ReadError {
         /// What is wrong.
         source: serde_json::Error,
     },
+    /// A disk is not as it was.
+    #[error(
+        "disk file {path} {what} since the snapshot was taken, whose guest remembers other contents; restore with the disk as it was: pause a machine, save it, and copy or keep its disks before it goes on"
+    )]
+    Disk {
+        /// Which file.
+        path: PathBuf,
+        /// What happened to it.
+        what: &'static str,
+    },
     /// It is of another kind of machine.
     #[error("it is of a machine with architecture {0}, this Tagvisor has aarch64")]
     Architecture(String),
@@ -117,6 +138,8 @@ pub enum ReadError {
 
 /// What a snapshot is to be.
 pub struct Options<'a, F> {
+    /// The machine's configuration, as whoever restores it is to have it.
+    pub config: &'a MachineConfig,
     /// Write what changed since this snapshot, and no more.
     pub base: Option<&'a Snapshot<F>>,
     /// What is made of data.
@@ -177,6 +200,51 @@ pub struct SavedMachine {
     pub platform: Platform,
     /// Its state.
     pub state: MachineState,
+    /// Its disks' files as they were.
+    pub disks: Disks,
+}
+
+/// The files of a machine's disks, in the order of disks, each with its overlay if it has one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disks(Vec<Vec<DiskFile>>);
+
+/// When a file was written last, and its size. A copy that keeps times (`cp --preserve`) passes for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct DiskFile {
+    bytes: u64,
+    /// Seconds and nanoseconds since 1970; none of a block device, which does not say.
+    modified: Option<(i64, i64)>,
+}
+
+impl Disks {
+    /// The files of these disks, as they are now.
+    fn of(disks: &[DiskConfig]) -> Result<Self, (PathBuf, io::Error)> {
+        let files = |disk| {
+            let stamp = |path: &PathBuf| DiskFile::of(path).map_err(|e| (path.clone(), e));
+            disk_files(disk).iter().map(stamp).collect()
+        };
+        Ok(Self(disks.iter().map(files).collect::<Result<_, _>>()?))
+    }
+}
+
+impl DiskFile {
+    fn of(path: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(path)?;
+        Ok(Self {
+            bytes: metadata.len(),
+            modified: metadata
+                .is_file()
+                .then(|| (metadata.mtime(), metadata.mtime_nsec())),
+        })
+    }
+}
+
+fn disk_files(disk: &DiskConfig) -> Vec<PathBuf> {
+    let overlay = match &disk.overlay {
+        Some(OverlayConfig::File(path)) => Some(path.clone()),
+        Some(OverlayConfig::Temporary) | None => None,
+    };
+    [disk.path.clone()].into_iter().chain(overlay).collect()
 }
 
 impl SavedMachine {
@@ -202,7 +270,26 @@ impl SavedMachine {
             config: parse(&states, CONFIG)?,
             platform,
             state: parse(&states, MACHINE)?,
+            disks: parse(&states, DISKS)?,
         })
+    }
+
+    /// Whether the disks of its configuration are as they were.
+    ///
+    /// # Errors
+    /// [`ReadError::Disk`].
+    pub fn check_disks(&self) -> Result<(), ReadError> {
+        let changed = |(path, what)| Err(ReadError::Disk { path, what });
+        for (disk, files) in self.config.disk.iter().zip(&self.disks.0) {
+            for (path, then) in disk_files(disk).into_iter().zip(files) {
+                match DiskFile::of(&path) {
+                    Err(_) => return changed((path, "is gone or cannot be read")),
+                    Ok(now) if now != *then => return changed((path, "was written")),
+                    Ok(_) => {}
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -428,6 +515,11 @@ where
         options: &Options<'_, F>,
     ) -> Result<Report, Error> {
         let begun = Instant::now();
+        for disk in &options.config.disk {
+            if disk.overlay == Some(OverlayConfig::Temporary) {
+                return Err(Error::TemporaryOverlay(disk.path.clone()));
+            }
+        }
         let target = Target::create(path)?;
         let was_running = self.is_running();
         let written = self.write_snapshot(target.file.as_file(), path, options);
@@ -520,6 +612,12 @@ where
             send(&last, &mut writer, &sending).map_err(stream_error)?;
             Vec::new()
         };
+        // With nothing on its way to them.
+        let disks = Disks::of(&options.config.disk).map_err(|(path, source)| Error::File {
+            path,
+            action: "look at the disk",
+            source,
+        })?;
         if log.is_some() {
             drop(log);
             self.resume()?;
@@ -535,7 +633,7 @@ where
                 .and_then(|()| writer.write(&chunk))
                 .map_err(stream_error)?;
         }
-        for (name, data) in self.states(&state) {
+        for (name, data) in self.states(&state, options.config, &disks) {
             let state = State {
                 name,
                 version: STATE_VERSION,
@@ -560,7 +658,12 @@ where
     }
 
     /// What is saved besides memory, by name.
-    fn states(&self, state: &MachineState) -> [(&'static str, Vec<u8>); 3] {
+    fn states(
+        &self,
+        state: &MachineState,
+        config: &MachineConfig,
+        disks: &Disks,
+    ) -> [(&'static str, Vec<u8>); 4] {
         let boot_cpu = state.vcpus.first();
         let platform = Platform {
             architecture: ARCHITECTURE.into(),
@@ -575,9 +678,10 @@ where
         };
         let json = |value: Result<Vec<u8>, _>| value.expect("it is made of what JSON has");
         [
-            (CONFIG, json(serde_json::to_vec(&self.config))),
+            (CONFIG, json(serde_json::to_vec(config))),
             (PLATFORM, json(serde_json::to_vec(&platform))),
             (MACHINE, json(serde_json::to_vec(state))),
+            (DISKS, json(serde_json::to_vec(disks))),
         ]
     }
 }

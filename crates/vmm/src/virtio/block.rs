@@ -1,6 +1,7 @@
 //! The virtio block device: a raw image as the guest's disk (virtio 1.2, 5.2).
 //!
-//! [`Image`] is the file or block device, opened, checked and locked. [`Block`] is the device as the
+//! [`Image`] is the file or block device, opened, checked and locked, below an overlay that takes the writes
+//! if it is shared with others (`overlay`). [`Block`] is the device as the
 //! transport sees it; while it is active, a worker thread takes requests from its one queue and
 //! executes them in order (`request`). A driver that agrees to `VIRTIO_BLK_F_FLUSH` gets a writeback
 //! cache, the host's page cache, and flushes it with `fdatasync`; for any other driver each write is
@@ -8,6 +9,7 @@
 
 mod error;
 mod image;
+mod overlay;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -32,6 +34,7 @@ use request::{Disk, RequestError};
 
 pub use error::DiskError;
 pub use image::{Access, Image, SECTOR_SIZE};
+pub use overlay::{OverlayError, OverlayPlace, hold_temporary};
 
 const QUEUE_SIZE: u16 = 256;
 /// A request's data has at most as many descriptors as the queue has beside header and status.

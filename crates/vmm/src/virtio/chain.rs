@@ -119,6 +119,16 @@ impl<'m> Buffers<'m> {
         Ok(())
     }
 
+    /// One piece of guest memory, as a chain of one descriptor gives it.
+    #[cfg(test)]
+    pub fn of(memory: &'m GuestRam, address: u64, len: usize) -> Self {
+        let mut buffers = Buffers::default();
+        buffers
+            .append(memory, GuestAddress(address), len as u32)
+            .expect("guest memory");
+        buffers
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> usize {
         self.len

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::Access;
+use super::overlay::OverlayError;
 
 /// Why a disk cannot be attached.
 #[derive(Debug, Error)]
@@ -92,6 +93,22 @@ pub enum DiskError {
         path: PathBuf,
         /// What the kernel said.
         source: io::Error,
+    },
+    /// The overlay.
+    #[error("cannot use {path:?} for the overlay of a disk image: {why}")]
+    Overlay {
+        /// The overlay, or the folder where it was to be.
+        path: PathBuf,
+        /// Why not.
+        why: OverlayError,
+    },
+    /// Nothing would be written to the overlay.
+    #[error(
+        "cannot give the read-only disk {path:?} an overlay: the guest writes nothing; leave one of the two out"
+    )]
+    ReadOnlyOverlay {
+        /// The image.
+        path: PathBuf,
     },
     /// A serial that the guest could not read back as it was given.
     #[error(

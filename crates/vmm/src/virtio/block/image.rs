@@ -3,15 +3,17 @@
 //! The locks are those of QEMU, so that either program keeps out the other: open file description
 //! locks on single bytes, one for each thing done to the image and one for each thing that nobody
 //! else may do (`RAW_LOCK_PERM_BASE`, `RAW_LOCK_SHARED_BASE` in QEMU's block/file-posix.c). One writer, or
-//! any number of readers. The locks end with the file descriptor, however the process ends.
+//! any number of readers, and the images below overlays have readers alone. The locks end with the file descriptor, however the process ends.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::DiskError;
+use super::overlay::{Overlay, OverlayPlace};
+use crate::virtio::chain::Buffers;
 
 /// The unit of virtio-blk's sector numbers and lengths, in bytes (virtio 1.2, 5.2.4).
 pub const SECTOR_SIZE: u64 = 512;
@@ -69,6 +71,8 @@ pub struct Image {
     file: File,
     sectors: u64,
     access: Access,
+    /// Where writes go instead.
+    overlay: Option<Overlay>,
 }
 
 impl Image {
@@ -86,7 +90,20 @@ impl Image {
             file,
             sectors,
             access,
+            overlay: None,
         })
+    }
+
+    /// Opens the image at `path` for reading, below an overlay, which takes what is written to it.
+    ///
+    /// # Errors
+    /// Those of [`Image::open`], of image and overlay; or the overlay is not one of this image.
+    pub fn open_below(path: &Path, overlay: &OverlayPlace) -> Result<Self, DiskError> {
+        let mut image = Self::open(path, Access::ReadOnly)?;
+        let size = image.sectors * SECTOR_SIZE;
+        image.overlay = Some(Overlay::open(overlay, &image.file, size)?);
+        image.access = Access::ReadWrite;
+        Ok(image)
     }
 
     /// The size in sectors of [`SECTOR_SIZE`] bytes.
@@ -99,9 +116,26 @@ impl Image {
         self.access
     }
 
-    /// The open file.
-    pub fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+    /// Fills `data` with the content from byte `offset` on.
+    ///
+    /// # Errors
+    /// The medium's. Part of the memory may be written then.
+    pub(super) fn read(&self, offset: u64, data: Buffers<'_>) -> io::Result<()> {
+        match &self.overlay {
+            Some(overlay) => overlay.read(&self.file, offset, data),
+            None => data.fill_from_file(self.file.as_fd(), offset),
+        }
+    }
+
+    /// Writes all of `data` from byte `offset` on.
+    ///
+    /// # Errors
+    /// The medium's. Part of it may be written then.
+    pub(super) fn write(&self, offset: u64, data: Buffers<'_>) -> io::Result<()> {
+        match &self.overlay {
+            Some(overlay) => overlay.write(&self.file, offset, data),
+            None => data.write_to_file(self.file.as_fd(), offset),
+        }
     }
 
     /// Brings everything written to the medium.
@@ -109,7 +143,10 @@ impl Image {
     /// # Errors
     /// The medium's. What was written since the last flush may be lost.
     pub fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        match &self.overlay {
+            Some(overlay) => overlay.flush(),
+            None => self.file.sync_data(),
+        }
     }
 
     /// Gives up the content of a range in bytes, where the file can: it then reads as zeroes.
@@ -117,7 +154,10 @@ impl Image {
     /// # Errors
     /// The file system's, except that it cannot: then the content stays, as virtio allows.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.punch_hole(offset, len).map(|_punched| ())
+        match &self.overlay {
+            Some(overlay) => overlay.discard(offset, len),
+            None => punch_hole(&self.file, offset, len).map(|_punched| ()),
+        }
     }
 
     /// Makes a range in bytes read as zeroes; `unmap` allows to give its space back.
@@ -125,54 +165,60 @@ impl Image {
     /// # Errors
     /// The file system's.
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        if unmap && self.punch_hole(offset, len)? {
-            return Ok(());
-        }
-        let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-        if self.fallocate(mode, offset, len)? {
-            return Ok(());
-        }
-        self.overwrite_with_zeroes(offset, len)
-    }
-
-    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<bool> {
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        self.fallocate(mode, offset, len)
-    }
-
-    /// Changes how a range is allocated; `false` where the file cannot.
-    fn fallocate(&self, mode: i32, offset: u64, len: u64) -> io::Result<bool> {
-        let offset = to_off_t(offset)?;
-        let len = to_off_t(len)?;
-        loop {
-            // SAFETY: the descriptor is open; no memory is passed.
-            let result = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset, len) };
-            if result == 0 {
-                return Ok(true);
-            }
-            let error = io::Error::last_os_error();
-            match error.raw_os_error() {
-                Some(libc::EINTR) => {}
-                // EINVAL: a block device whose own sectors are larger than the range's alignment.
-                Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => return Ok(false),
-                _ => return Err(error),
-            }
+        match &self.overlay {
+            Some(overlay) => overlay.write_zeroes(&self.file, offset, len, unmap),
+            None => write_zeroes(&self.file, offset, len, unmap),
         }
     }
+}
 
-    pub(super) fn overwrite_with_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
-        use std::os::unix::fs::FileExt;
-
-        static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
-        let mut done = 0;
-        while done < len {
-            let count = (len - done).min(ZEROES.len() as u64);
-            self.file
-                .write_all_at(&ZEROES[..count as usize], offset + done)?;
-            done += count;
-        }
-        Ok(())
+/// Makes a range in bytes of a file read as zeroes; `unmap` allows to give its space back.
+pub(super) fn write_zeroes(file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+    if unmap && punch_hole(file, offset, len)? {
+        return Ok(());
     }
+    let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+    if fallocate(file, mode, offset, len)? {
+        return Ok(());
+    }
+    overwrite_with_zeroes(file, offset, len)
+}
+
+/// Makes a range in bytes of a file a hole; `false` where it cannot have any.
+pub(super) fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<bool> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    fallocate(file, mode, offset, len)
+}
+
+/// Changes how a range is allocated; `false` where the file cannot.
+fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<bool> {
+    let offset = to_off_t(offset)?;
+    let len = to_off_t(len)?;
+    loop {
+        // SAFETY: the descriptor is open; no memory is passed.
+        let result = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) };
+        if result == 0 {
+            return Ok(true);
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::EINTR) => {}
+            // EINVAL: a block device whose own sectors are larger than the range's alignment.
+            Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => return Ok(false),
+            _ => return Err(error),
+        }
+    }
+}
+
+pub(super) fn overwrite_with_zeroes(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+    let mut done = 0;
+    while done < len {
+        let count = (len - done).min(ZEROES.len() as u64);
+        file.write_all_at(&ZEROES[..count as usize], offset + done)?;
+        done += count;
+    }
+    Ok(())
 }
 
 fn open_file(path: &Path, access: Access) -> Result<File, DiskError> {
@@ -256,7 +302,7 @@ fn warn_of_other_formats(path: &Path, mut file: &File) {
 
 /// Takes the locks first and looks for those of others then: of two that start at the same
 /// moment, both may be refused, but never both be let in.
-fn lock(path: &Path, file: &File, access: Access) -> Result<(), DiskError> {
+pub(super) fn lock(path: &Path, file: &File, access: Access) -> Result<(), DiskError> {
     let fail = |source: io::Error| DiskError::Lock {
         path: path.to_owned(),
         source,

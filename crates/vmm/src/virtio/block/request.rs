@@ -94,7 +94,7 @@ pub(super) fn serve(mut chain: Chain<'_>, disk: &Disk<'_>) -> (u32, Result<(), R
     let Some(data) = chain.writable.take_front(data_len) else {
         return (0, Err(RequestError::Length(data_len)));
     };
-    let (written, result) = match execute(&mut chain.readable, &data, disk) {
+    let (written, result) = match execute(chain.readable, data, disk) {
         Ok(written) => (written, Ok(())),
         Err(error) => (0, Err(error)),
     };
@@ -113,8 +113,8 @@ pub(super) fn serve(mut chain: Chain<'_>, disk: &Disk<'_>) -> (u32, Result<(), R
 
 /// Returns how many bytes of `data_in` were written.
 fn execute(
-    readable: &mut Buffers<'_>,
-    data_in: &Buffers<'_>,
+    mut readable: Buffers<'_>,
+    data_in: Buffers<'_>,
     disk: &Disk<'_>,
 ) -> Result<usize, RequestError> {
     let mut header = [0; HEADER_LEN];
@@ -129,23 +129,24 @@ fn execute(
         VIRTIO_BLK_T_IN => read(disk, sector, data_in),
         VIRTIO_BLK_T_OUT => write(disk, sector, data_out),
         VIRTIO_BLK_T_FLUSH => disk.image.flush().map(|()| 0).map_err(Into::into),
-        VIRTIO_BLK_T_GET_ID => get_id(disk, data_in),
-        VIRTIO_BLK_T_DISCARD => discard(disk, data_out),
-        VIRTIO_BLK_T_WRITE_ZEROES => write_zeroes(disk, data_out),
+        VIRTIO_BLK_T_GET_ID => get_id(disk, &data_in),
+        VIRTIO_BLK_T_DISCARD => discard(disk, &data_out),
+        VIRTIO_BLK_T_WRITE_ZEROES => write_zeroes(disk, &data_out),
         other => Err(RequestError::Type(other)),
     }
 }
 
-fn read(disk: &Disk<'_>, sector: u64, data: &Buffers<'_>) -> Result<usize, RequestError> {
-    let offset = data_offset(disk, sector, data.len())?;
-    data.fill_from_file(disk.image.file(), offset)?;
-    Ok(data.len())
+fn read(disk: &Disk<'_>, sector: u64, data: Buffers<'_>) -> Result<usize, RequestError> {
+    let len = data.len();
+    let offset = data_offset(disk, sector, len)?;
+    disk.image.read(offset, data)?;
+    Ok(len)
 }
 
-fn write(disk: &Disk<'_>, sector: u64, data: &Buffers<'_>) -> Result<usize, RequestError> {
+fn write(disk: &Disk<'_>, sector: u64, data: Buffers<'_>) -> Result<usize, RequestError> {
     let offset = data_offset(disk, sector, data.len())?;
     check_writable(disk)?;
-    data.write_to_file(disk.image.file(), offset)?;
+    disk.image.write(offset, data)?;
     settle(disk)
 }
 

@@ -525,9 +525,9 @@ fn a_range_written_with_zeroes_reads_as_zeroes_with_and_without_unmap() {
 #[test]
 fn zeroes_are_written_out_where_the_file_system_cannot_help() {
     let image = image_of(&pattern(512 * 1024));
-    let opened = Image::open(image.path(), Access::ReadWrite).unwrap();
+    let opened = image.reopen().unwrap();
 
-    opened.overwrite_with_zeroes(1024, 200 * 1024).unwrap();
+    image::overwrite_with_zeroes(&opened, 1024, 200 * 1024).unwrap();
 
     let mut expected = pattern(512 * 1024);
     expected[1024..][..200 * 1024].fill(0);
