@@ -6,8 +6,8 @@
 //! mapping, whose pages are the base's until they are written.
 //!
 //! The file stays one of transparent huge pages where the host has them. A clone that reads then maps 2 MiB by
-//! one fault, in its own page tables and in stage 2, and a first write splits that mapping and copies 4 KiB:
-//! the huge page itself stays whole for the others.
+//! one fault, in its own page tables and in stage 2. A first write splits that mapping and copies 4 KiB; the rest of the
+//! 2 MiB comes back by pages, and the huge page itself stays whole for the others.
 
 use std::fs::File;
 use std::io;
@@ -44,8 +44,8 @@ pub struct Base {
 }
 
 impl Base {
-    /// The base that `file` is, which another process made. It need not be trusted: a clone cannot be given what
-    /// has no tags, and a file that shrinks later can end the clone, no more.
+    /// The base that `file` is, which another process made. That process must be trusted with the guest: whoever can still write
+    /// the file writes the clone's memory, and whoever makes it shorter ends the clone.
     ///
     /// # Errors
     /// It is no memory file, or the host does not let it be opened for reading.
