@@ -1,14 +1,11 @@
 //! What the bodies of requests and answers say: Cloud Hypervisor's names, and ours for what it lacks.
 //!
 //! A machine's configuration is Cloud Hypervisor's `VmConfig`. Of its many fields those that Tagvisor knows have a place
-//! here; any other is let pass if it asks for nothing (`null`, `false`, nothing in a list) or for what a machine has
-//! anyway, and is refused by its name if it asks for more.
+//! here; what becomes of the others is said in [`super::body`].
 
 use std::path::PathBuf;
 
-use mte::MteLevel;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
 use stream::Compression;
 use vmm::config::{
     DiskConfig as Disk, MachineConfig, MemorySize, MteConfig, NetConfig as Net, PortConfig,
@@ -16,67 +13,11 @@ use vmm::config::{
 use vmm::console::ConsoleConfig as Console;
 use vmm::memory::TagAccess;
 
+use super::body::{Body, Granted, Invalid, invalid};
 use crate::control::{self, RestoreRequest, SnapshotRequest, VmState, Work};
 
 /// The file of a snapshot whose URL names a directory, as Cloud Hypervisor's URLs do.
 const SNAPSHOT_FILE: &str = "tagvisor.snapshot";
-
-/// A body that asks for what cannot be done.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{field}`: {why}")]
-pub struct Invalid {
-    field: String,
-    why: String,
-}
-
-fn invalid(field: impl Into<String>, why: impl Into<String>) -> Invalid {
-    Invalid {
-        field: field.into(),
-        why: why.into(),
-    }
-}
-
-/// Fields that have no place here.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(transparent)]
-struct Rest(Map<String, Value>);
-
-impl Rest {
-    /// Refuses what asks for more than a machine has: `granted` says for which fields a machine has which values.
-    fn refuse(&self, path: &str, granted: &[(&str, &[Value])]) -> Result<(), Invalid> {
-        let asks = |(name, value): &(&String, &Value)| {
-            let is_granted =
-                |(field, values): &(&str, &[Value])| field == name && values.contains(value);
-            !asks_for_nothing(value) && !granted.iter().any(is_granted)
-        };
-        match self.0.iter().find(asks) {
-            None => Ok(()),
-            Some((name, value)) => Err(invalid(
-                format!("{path}{name}"),
-                format!("Tagvisor cannot do that (it is {})", shortened(value)),
-            )),
-        }
-    }
-}
-
-fn asks_for_nothing(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Array(items) => items.is_empty(),
-        Value::Object(fields) => fields.values().all(asks_for_nothing),
-        _ => false,
-    }
-}
-
-/// A value for people: no more of it than fits a line.
-fn shortened(value: &Value) -> String {
-    const LONGEST: usize = 60;
-    let text = value.to_string();
-    match text.char_indices().nth(LONGEST) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
-    }
-}
 
 /// The VMM, which answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -170,8 +111,6 @@ pub struct VmConfig {
     /// Ours: the machine ends when its guest resets it.
     #[serde(default)]
     no_reboot: bool,
-    #[serde(flatten)]
-    rest: Rest,
 }
 
 const fn mte_on() -> MteConfig {
@@ -183,8 +122,6 @@ const fn mte_on() -> MteConfig {
 pub struct CpusConfig {
     pub boot_vcpus: u32,
     pub max_vcpus: u32,
-    #[serde(flatten)]
-    rest: Rest,
 }
 
 impl Default for CpusConfig {
@@ -198,18 +135,10 @@ impl CpusConfig {
         Self {
             boot_vcpus: count,
             max_vcpus: count,
-            rest: Rest::default(),
         }
     }
 
     fn count(&self) -> Result<u32, Invalid> {
-        let granted = [
-            ("max_phys_bits", &[json!(46)][..]),
-            ("nested", &[json!(true)]),
-            ("core_scheduling", &[json!("Vm"), json!("Off")]),
-            ("profile", &[json!("Host"), json!("host")]),
-        ];
-        self.rest.refuse("cpus.", &granted)?;
         if self.max_vcpus != self.boot_vcpus {
             return Err(invalid(
                 "cpus.max_vcpus",
@@ -236,8 +165,6 @@ pub struct MemoryConfig {
     /// In bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     hugepage_size: Option<u64>,
-    #[serde(flatten)]
-    rest: Rest,
 }
 
 const fn shared() -> bool {
@@ -251,20 +178,12 @@ impl Default for MemoryConfig {
             shared: true,
             hugepages: false,
             hugepage_size: None,
-            rest: Rest::default(),
         }
     }
 }
 
 impl MemoryConfig {
     fn check(&self) -> Result<(), Invalid> {
-        let granted = [
-            ("hotplug_method", &[json!("Acpi")][..]),
-            ("hotplug_size", &[json!(0)]),
-            ("hotplugged_size", &[json!(0)]),
-            ("thp", &[json!(true)]),
-        ];
-        self.rest.refuse("memory.", &granted)?;
         match self.hugepage_size {
             None => Ok(()),
             Some(size) if self.hugepages && size == 2 << 20 => Ok(()),
@@ -289,13 +208,10 @@ struct PayloadConfig {
     /// Ours: a bare-metal payload instead of a kernel.
     #[serde(skip_serializing_if = "Option::is_none")]
     flat: Option<PathBuf>,
-    #[serde(flatten)]
-    rest: Rest,
 }
 
 impl PayloadConfig {
     fn check(&self) -> Result<(), Invalid> {
-        self.rest.refuse("payload.", &[])?;
         match (&self.kernel, &self.flat) {
             (None, None) => Err(invalid(
                 "payload",
@@ -322,23 +238,10 @@ struct DiskConfig {
     /// Accepted and not kept: it names a disk for those who would remove it.
     #[serde(skip_serializing)]
     id: Option<String>,
-    #[serde(flatten)]
-    rest: Rest,
 }
 
 impl DiskConfig {
     fn disk(self, path: &str) -> Result<Disk, Invalid> {
-        let granted = [
-            ("num_queues", &[json!(1)][..]),
-            ("queue_size", &[json!(128), json!(256)]),
-            ("pci_segment", &[json!(0)]),
-            ("sparse", &[json!(true)]),
-            ("image_type", &[json!("Raw"), json!("Unknown")]),
-            ("lock_granularity", &[json!("ByteRange"), json!("Full")]),
-            ("disable_io_uring", &[json!(true)]),
-            ("disable_aio", &[json!(true)]),
-        ];
-        self.rest.refuse(path, &granted)?;
         if self.path.as_os_str().is_empty() {
             return Err(invalid(
                 format!("{path}path"),
@@ -377,22 +280,10 @@ struct NetConfig {
     /// Accepted and not kept, as a disk's.
     #[serde(skip_serializing)]
     id: Option<String>,
-    #[serde(flatten)]
-    rest: Rest,
 }
 
 impl NetConfig {
     fn net(self, path: &str) -> Result<Net, Invalid> {
-        let granted = [
-            ("num_queues", &[json!(2)][..]),
-            ("queue_size", &[json!(256)]),
-            ("pci_segment", &[json!(0)]),
-            ("vhost_mode", &[json!("Client")]),
-            ("offload_tso", &[json!(true)]),
-            ("offload_ufo", &[json!(true)]),
-            ("offload_csum", &[json!(true)]),
-        ];
-        self.rest.refuse(path, &granted)?;
         if self.tap.is_empty() {
             return Err(invalid(
                 format!("{path}tap"),
@@ -420,7 +311,6 @@ impl From<&Net> for NetConfig {
 
 /// A port for talk between host and guest. Ours.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Port {
     name: String,
     socket: PathBuf,
@@ -430,22 +320,18 @@ struct Port {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct RngConfig {
     src: PathBuf,
-    #[serde(flatten)]
-    rest: Rest,
 }
 
 impl Default for RngConfig {
     fn default() -> Self {
         Self {
             src: "/dev/urandom".into(),
-            rest: Rest::default(),
         }
     }
 }
 
 impl RngConfig {
     fn check(&self) -> Result<(), Invalid> {
-        self.rest.refuse("rng.", &[("pci_segment", &[json!(0)])])?;
         if self.src != Self::default().src {
             return Err(invalid(
                 "rng.src",
@@ -474,14 +360,11 @@ struct ConsoleConfig {
     mode: ConsoleMode,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     file: Option<PathBuf>,
-    #[serde(flatten)]
-    rest: Rest,
 }
 
 impl ConsoleConfig {
     /// Of the serial console.
     fn console(&self) -> Result<Console, Invalid> {
-        self.rest.refuse("serial.", &[])?;
         match (self.mode, &self.file) {
             (ConsoleMode::Off | ConsoleMode::Null, _) => Ok(Console::Off),
             (ConsoleMode::Tty, _) => Ok(Console::Stdio),
@@ -500,10 +383,7 @@ impl ConsoleConfig {
     /// Of the second console, which no machine has.
     fn refuse_second(&self) -> Result<(), Invalid> {
         match self.mode {
-            ConsoleMode::Off | ConsoleMode::Null => {
-                let granted = [("pci_segment", &[json!(0)][..])];
-                self.rest.refuse("console.", &granted)
-            }
+            ConsoleMode::Off | ConsoleMode::Null => Ok(()),
             _ => Err(invalid(
                 "console.mode",
                 "the machine's console is the serial one: describe it as `serial`, and let this be `Off`",
@@ -519,12 +399,40 @@ impl From<&Console> for ConsoleConfig {
             Console::Stdio => (ConsoleMode::Tty, None),
             Console::File(file) => (ConsoleMode::File, Some(file.clone())),
         };
-        Self {
-            mode,
-            file,
-            rest: Rest::default(),
-        }
+        Self { mode, file }
     }
+}
+
+impl Body for VmConfig {
+    const GRANTED: &'static [Granted] = &[
+        ("cpus.core_scheduling", &[r#""Vm""#]),
+        ("cpus.max_phys_bits", &["46"]),
+        // No guest gets EL2, whatever is said.
+        ("cpus.nested", &["true", "false"]),
+        ("cpus.profile", &[r#""Host""#]),
+        ("memory.hotplug_method", &[r#""Acpi""#]),
+        ("memory.hotplug_size", &["0"]),
+        ("memory.hotplugged_size", &["0"]),
+        ("memory.thp", &["true"]),
+        // They say how not to read the disk, and it is not read so.
+        ("disks[].disable_aio", &["true", "false"]),
+        ("disks[].disable_io_uring", &["true", "false"]),
+        ("disks[].image_type", &[r#""Raw""#, r#""Unknown""#]),
+        ("disks[].lock_granularity", &[r#""ByteRange""#]),
+        ("disks[].num_queues", &["1"]),
+        ("disks[].pci_segment", &["0"]),
+        ("disks[].queue_size", &["128", "256"]),
+        ("disks[].sparse", &["true"]),
+        ("net[].num_queues", &["2"]),
+        ("net[].offload_csum", &["true"]),
+        ("net[].offload_tso", &["true"]),
+        ("net[].offload_ufo", &["true"]),
+        ("net[].pci_segment", &["0"]),
+        ("net[].queue_size", &["256"]),
+        ("net[].vhost_mode", &[r#""Client""#]),
+        ("rng.pci_segment", &["0"]),
+        ("console.pci_segment", &["0"]),
+    ];
 }
 
 impl VmConfig {
@@ -533,13 +441,9 @@ impl VmConfig {
     /// # Errors
     /// It asks for what Tagvisor cannot do.
     pub fn machine(self) -> Result<MachineConfig, Invalid> {
-        self.rest.refuse("", &[])?;
         self.memory.check()?;
         self.rng.check()?;
         self.console.refuse_second()?;
-        if let MteConfig::Level(MteLevel::None | MteLevel::Mte1) = self.mte {
-            return Err(invalid("mte", "it is `off`, `on`, `2` or `3`"));
-        }
         let payload = self.payload.unwrap_or_default();
         payload.check()?;
         let mut disk = Vec::new();
@@ -592,7 +496,6 @@ impl From<&MachineConfig> for VmConfig {
                 cmdline,
                 initramfs: machine.initrd.clone(),
                 flat: machine.flat.clone(),
-                rest: Rest::default(),
             }),
             disks: unless_empty(machine.disk.iter().map(DiskConfig::from)),
             net: unless_empty(machine.net.iter().map(NetConfig::from)),
@@ -604,7 +507,6 @@ impl From<&MachineConfig> for VmConfig {
             no_reboot: machine.no_reboot,
             rng: RngConfig::default(),
             console: ConsoleConfig::default(),
-            rest: Rest::default(),
         }
     }
 }
@@ -615,7 +517,6 @@ fn unless_empty<T>(items: impl Iterator<Item = T>) -> Option<Vec<T>> {
 
 /// What a snapshot is to be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct SnapshotConfig {
     /// A file, or a directory that is there.
     pub destination_url: String,
@@ -628,6 +529,10 @@ pub struct SnapshotConfig {
     /// Ours: answer with a report, where Cloud Hypervisor answers with nothing.
     #[serde(default)]
     pub report: bool,
+}
+
+impl Body for SnapshotConfig {
+    const GRANTED: &'static [Granted] = &[];
 }
 
 impl SnapshotConfig {
@@ -687,8 +592,6 @@ pub struct RestoreConfig {
     /// Ours: the snapshots that it is based on, where they are not where they were.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bases: Vec<String>,
-    #[serde(flatten)]
-    rest: Rest,
 }
 
 /// When pages are brought.
@@ -699,9 +602,12 @@ enum MemoryRestoreMode {
     OnDemand,
 }
 
+impl Body for RestoreConfig {
+    const GRANTED: &'static [Granted] = &[];
+}
+
 impl RestoreConfig {
     pub fn request(self) -> Result<RestoreRequest, Invalid> {
-        self.rest.refuse("", &[])?;
         let paused = match (self.resume, self.paused) {
             (Some(resume), Some(paused)) if resume == paused => {
                 return Err(invalid("paused", "`resume` says the opposite"));

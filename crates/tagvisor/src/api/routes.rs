@@ -3,10 +3,9 @@
 //! A request ends with a status, and unless all is well with the reasons: a JSON array of text, from what was asked for
 //! to why it was not done.
 
-use serde::de::DeserializeOwned;
-
+use super::body::{Invalid, read};
 use super::http::{Request, Response, Status};
-use super::model::{Invalid, PingResponse, RestoreConfig, SnapshotConfig, VmConfig, VmInfo};
+use super::model::{PingResponse, RestoreConfig, SnapshotConfig, VmConfig, VmInfo};
 use crate::control::{Refusal, Vmm};
 
 const ROOT: &str = "/api/v1/";
@@ -290,11 +289,6 @@ impl Failure {
             }
         }
     }
-}
-
-/// What a body says.
-fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
-    serde_json::from_slice(body).map_err(|e| Failure::Body(format!("the body: {e}")))
 }
 
 fn ping(_: &dyn Vmm) -> Result<Response, Failure> {

@@ -1,6 +1,9 @@
 //! The control socket against a VMM that only writes down what it is asked.
 
+mod bodies;
+mod contract;
 pub mod double;
+mod hostile;
 mod requests;
 
 use std::io::{Read, Write};
