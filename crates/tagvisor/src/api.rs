@@ -15,7 +15,7 @@ mod socket;
 mod wire;
 
 #[cfg(test)]
-mod tests;
+pub mod tests;
 
 pub use client::Client;
 pub use server::serve;

@@ -392,6 +392,50 @@ mod tests {
     }
 
     #[test]
+    fn a_name_is_given_back_with_and_without_its_socket() {
+        let runtime = tempfile::tempdir().unwrap();
+        let without = take_in(&runtime, "a").unwrap();
+        let with = take_in(&runtime, "b").unwrap();
+        fs::write(with.socket(), "").unwrap();
+
+        drop((without, with));
+
+        assert_eq!(fs::read_dir(runtime.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_machine_is_found_while_it_runs() {
+        let runtime = tempfile::tempdir().unwrap();
+        let name = take_in(&runtime, "web").unwrap();
+        let running = Running::find(runtime.path(), "web").unwrap().unwrap();
+        let id = std::process::id().cast_signed();
+
+        assert_eq!(running.process(), Some(id));
+        assert!(running.is_of(id).unwrap());
+        assert_eq!(running.socket(), name.socket());
+        drop(name);
+        assert!(!running.is_running());
+        assert!(Running::find(runtime.path(), "web").unwrap().is_none());
+    }
+
+    #[test]
+    fn a_name_is_taken_though_somebody_just_asks_for_it() {
+        let runtime = tempfile::tempdir().unwrap();
+        fs::create_dir(runtime.path().join("web")).unwrap();
+        let asking = File::create(runtime.path().join("web/lock")).unwrap();
+        asking.lock_shared().unwrap();
+        let ends = thread::spawn(move || {
+            thread::sleep(LOCK_PAUSE);
+            drop(asking);
+        });
+
+        let taken = take_in(&runtime, "web");
+
+        ends.join().unwrap();
+        assert!(taken.is_ok());
+    }
+
+    #[test]
     fn a_user_without_a_runtime_directory_is_told_what_to_do() {
         let error = Error::Directory {
             path: "/run/tagvisor/web".into(),

@@ -1,6 +1,7 @@
 //! The control socket against a VMM that only writes down what it is asked.
 
 mod bodies;
+mod clients;
 mod contract;
 pub mod double;
 mod hostile;

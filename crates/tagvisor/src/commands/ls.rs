@@ -132,3 +132,85 @@ fn in_words(lines: &[Line]) -> String {
     });
     table(&[head].into_iter().chain(rows).collect::<Vec<_>>())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::os::unix::net::UnixListener;
+    use std::time::Instant;
+
+    use super::*;
+    use crate::api::serve;
+    use crate::api::tests::double::Double;
+
+    /// Makes a machine's directory, and holds its lock.
+    fn held(runtime: &tempfile::TempDir, name: &str) -> File {
+        let directory = runtime.path().join(name);
+        fs::create_dir(&directory).unwrap();
+        fs::write(directory.join("lock"), "4711\n").unwrap();
+        let lock = File::open(directory.join("lock")).unwrap();
+        lock.lock().unwrap();
+        lock
+    }
+
+    #[test]
+    fn those_that_run_are_listed_and_what_killed_ones_left_is_not() {
+        let runtime = tempfile::tempdir().unwrap();
+        let _locks = [held(&runtime, "web"), held(&runtime, "empty")];
+        drop(held(&runtime, "stale"));
+        fs::create_dir(runtime.path().join(".hidden")).unwrap();
+        fs::write(runtime.path().join("file"), "").unwrap();
+        let _web = serve(&runtime.path().join("web/api.sock"), Double::running()).unwrap();
+        let empty = std::sync::Arc::<Double>::default();
+        let _empty = serve(&runtime.path().join("empty/api.sock"), empty).unwrap();
+
+        let listed = in_words(&lines(runtime.path()).unwrap());
+
+        assert_eq!(
+            listed,
+            "NAME   PID   STATE    CPUS  MEMORY      MTE\n\
+             empty  4711  no VM\n\
+             web    4711  Running  2     512.00 MiB  MTE3\n"
+        );
+    }
+
+    #[test]
+    fn machines_that_do_not_answer_are_listed_as_such_after_a_second() {
+        let runtime = tempfile::tempdir().unwrap();
+        let names = ["a", "b", "c"];
+        let _locks = names.map(|name| held(&runtime, name));
+        let _deaf = names
+            .map(|name| UnixListener::bind(runtime.path().join(name).join("api.sock")).unwrap());
+
+        let started = Instant::now();
+        let lines = lines(runtime.path()).unwrap();
+
+        assert!(started.elapsed() < 2 * PATIENCE, "{:?}", started.elapsed());
+        assert_eq!(in_words(&lines).matches("does not answer").count(), 3);
+    }
+
+    #[test]
+    fn json_has_state_or_error_of_each() {
+        let runtime = tempfile::tempdir().unwrap();
+        let _locks = [held(&runtime, "mute"), held(&runtime, "web")];
+        let _web = serve(&runtime.path().join("web/api.sock"), Double::running()).unwrap();
+
+        let json = serde_json::to_value(lines(runtime.path()).unwrap()).unwrap();
+
+        assert_eq!(json[0]["name"], "mute");
+        assert!(
+            json[0]["error"]
+                .as_str()
+                .unwrap()
+                .starts_with("no VMM listens at")
+        );
+        assert_eq!(json[1]["state"], "Running");
+        assert_eq!(json[1]["memory"], 512 << 20);
+    }
+
+    #[test]
+    fn a_runtime_directory_that_was_never_made_has_no_machines() {
+        let lines = lines(Path::new("/nonexistent/tagvisor")).unwrap();
+        assert_eq!(in_words(&lines), "no machine runs\n");
+    }
+}

@@ -103,3 +103,52 @@ impl From<Running> for Machine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+
+    use super::*;
+
+    fn runtime_with(names: &[&str]) -> (tempfile::TempDir, Vec<File>) {
+        let runtime = tempfile::tempdir().unwrap();
+        let locks = names.iter().map(|name| {
+            fs::create_dir(runtime.path().join(name)).unwrap();
+            let lock = File::create(runtime.path().join(name).join("lock")).unwrap();
+            lock.lock().unwrap();
+            lock
+        });
+        let locks = locks.collect();
+        (runtime, locks)
+    }
+
+    fn message(names: &[&str], name: &str) -> String {
+        let (runtime, _locks) = runtime_with(names);
+        Machine::find_in(runtime.path(), name)
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn who_names_no_machine_is_told_which_there_are() {
+        assert_eq!(
+            message(&[], "web"),
+            "there is no machine `web`: none runs; start one with `tagvisor run`"
+        );
+        assert_eq!(
+            message(&["db"], "web"),
+            "there is no machine `web`: `db` runs"
+        );
+        assert_eq!(
+            message(&["db", "cache"], "web"),
+            "there is no machine `web`: those that run are `cache`, `db`"
+        );
+        assert!(message(&[], "..").starts_with("name `..`"));
+    }
+
+    #[test]
+    fn a_name_with_a_slash_is_the_path_of_a_socket() {
+        let machine = Machine::find_in(Path::new("/nonexistent"), "./api.sock").unwrap();
+        assert_eq!(machine.client.socket(), Path::new("./api.sock"));
+    }
+}

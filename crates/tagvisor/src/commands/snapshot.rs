@@ -122,3 +122,53 @@ fn in_words(report: &SnapshotReport) -> String {
         report.identity,
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::serve;
+    use crate::api::tests::double::{Double, report};
+    use crate::control::Refusal;
+
+    fn config() -> SnapshotConfig {
+        SnapshotConfig {
+            destination_url: "file:///n/a".into(),
+            base: None,
+            compression: Some("zstd:3".into()),
+            report: true,
+        }
+    }
+
+    #[test]
+    fn a_snapshot_is_asked_for_and_reported() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("api.sock");
+        let _server = serve(&socket, Double::running()).unwrap();
+        let machine = Machine::find(socket.to_str().unwrap()).unwrap();
+
+        let written = watched(&machine, &config()).unwrap();
+
+        assert_eq!(written, report());
+        assert_eq!(
+            in_words(&written),
+            "1.00 MiB in 41.0 ms, 300 pages in 3 rounds, the guest stood still for 900 µs\nidentity 00ff-01"
+        );
+    }
+
+    #[test]
+    fn a_snapshot_that_fails_says_why() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("api.sock");
+        let vmm = Double::running();
+        vmm.refuse(Refusal::Failed("the disk is full".into()));
+        let _server = serve(&socket, vmm).unwrap();
+        let machine = Machine::find(socket.to_str().unwrap()).unwrap();
+
+        let error = watched(&machine, &config()).unwrap_err().to_string();
+
+        assert!(
+            error.ends_with("The VM could not be snapshotted: the disk is full"),
+            "{error}"
+        );
+    }
+}

@@ -23,14 +23,23 @@ pub struct Args {
     timeout: u32,
 }
 
-/// It is still there.
+/// Why a machine was not stopped.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "machine `{name}` was asked to end and is still there after {seconds} s; `tagvisor kill {name}` ends it at once"
-)]
-pub struct StillThere {
-    name: String,
-    seconds: u32,
+pub enum NotStopped {
+    /// It was asked in vain.
+    #[error(transparent)]
+    Asked(#[from] Error),
+    /// It is still there.
+    #[error(
+        "machine `{name}` was asked to end and is still there after {seconds} s; \
+         `tagvisor kill {name}` ends it at once"
+    )]
+    StillThere {
+        /// The machine.
+        name: String,
+        /// For how long it was waited for.
+        seconds: u64,
+    },
 }
 
 /// Ends a machine, as pulling its plug does, with its disks flushed, and its VMM.
@@ -38,21 +47,24 @@ pub struct StillThere {
 /// # Errors
 /// It does not answer, or does not end in time.
 pub fn stop(args: &Args) -> super::Result {
-    let machine = args.named.machine()?;
     let timeout = Duration::from_secs(args.timeout.into());
+    stop_within(&args.named.machine()?, timeout)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn stop_within(machine: &Machine, timeout: Duration) -> Result<(), NotStopped> {
     let deadline = Instant::now() + timeout;
-    ask(&machine, timeout)?;
-    while is_there(&machine) {
+    ask(machine, timeout)?;
+    while is_there(machine) {
         if Instant::now() >= deadline {
-            return Err(StillThere {
-                name: machine.name,
-                seconds: args.timeout,
-            }
-            .into());
+            return Err(NotStopped::StillThere {
+                name: machine.name.clone(),
+                seconds: timeout.as_secs(),
+            });
         }
         thread::sleep(PAUSE);
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 fn ask(machine: &Machine, timeout: Duration) -> Result<(), Error> {
@@ -71,5 +83,71 @@ fn is_there(machine: &Machine) -> bool {
     match &machine.running {
         Some(running) => running.is_running(),
         None => machine.client.process().is_ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::api::serve;
+    use crate::api::tests::double::{Call, Double};
+
+    /// A directory with the machine `web`, its lock, and the VMM that answers for it.
+    fn web() -> (tempfile::TempDir, File, Arc<Double>) {
+        let runtime = tempfile::tempdir().unwrap();
+        fs::create_dir(runtime.path().join("web")).unwrap();
+        let lock = File::create(runtime.path().join("web/lock")).unwrap();
+        lock.lock().unwrap();
+        (runtime, lock, Double::running())
+    }
+
+    #[test]
+    fn a_machine_is_stopped_when_it_was_asked_and_its_lock_is_free() {
+        let (runtime, lock, vmm) = web();
+        let _server = serve(&runtime.path().join("web/api.sock"), vmm.clone()).unwrap();
+        let machine = Machine::find_in(runtime.path(), "web").unwrap();
+        let asked = vmm.clone();
+        let ending = thread::spawn(move || {
+            while asked.calls().is_empty() {
+                thread::sleep(PAUSE);
+            }
+            drop(lock);
+        });
+
+        let stopped = stop_within(&machine, Duration::from_secs(20));
+
+        ending.join().unwrap();
+        assert!(stopped.is_ok(), "{stopped:?}");
+        assert_eq!(vmm.calls(), [Call::ShutDownVmm]);
+    }
+
+    #[test]
+    fn a_machine_that_does_not_end_is_reported_with_what_helps() {
+        let (runtime, _lock, vmm) = web();
+        let _server = serve(&runtime.path().join("web/api.sock"), vmm).unwrap();
+        let machine = Machine::find_in(runtime.path(), "web").unwrap();
+
+        let stopped = stop_within(&machine, Duration::from_millis(50));
+
+        assert_eq!(
+            stopped.unwrap_err().to_string(),
+            "machine `web` was asked to end and is still there after 0 s; `tagvisor kill web` ends it at once"
+        );
+    }
+
+    #[test]
+    fn a_machine_without_a_socket_says_that_nobody_listens() {
+        let (runtime, _lock, _) = web();
+        let machine = Machine::find_in(runtime.path(), "web").unwrap();
+        let stopped = stop_within(&machine, Duration::ZERO).unwrap_err();
+        assert!(
+            stopped
+                .to_string()
+                .starts_with("machine `web`: no VMM listens at"),
+            "{stopped}"
+        );
     }
 }
