@@ -2,7 +2,7 @@
 
 use std::io::{self, ErrorKind};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -77,11 +77,6 @@ impl Client {
     /// Waits for answers no longer than `patience`.
     pub fn patient(self, patience: Duration) -> Self {
         Self { patience, ..self }
-    }
-
-    /// Where it listens.
-    pub fn socket(&self) -> &Path {
-        &self.socket
     }
 
     /// The machine as it is.

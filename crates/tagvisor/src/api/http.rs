@@ -37,25 +37,6 @@ pub enum Status {
     ServiceUnavailable = 503,
 }
 
-impl Status {
-    const fn reason(self) -> &'static str {
-        match self {
-            Self::Ok => "OK",
-            Self::NoContent => "No Content",
-            Self::BadRequest => "Bad Request",
-            Self::Forbidden => "Forbidden",
-            Self::NotFound => "Not Found",
-            Self::MethodNotAllowed => "Method Not Allowed",
-            Self::RequestTimeout => "Request Timeout",
-            Self::LengthRequired => "Length Required",
-            Self::ContentTooLarge => "Content Too Large",
-            Self::HeadersTooLarge => "Request Header Fields Too Large",
-            Self::InternalServerError => "Internal Server Error",
-            Self::ServiceUnavailable => "Service Unavailable",
-        }
-    }
-}
-
 /// A request, read to its end.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Request {
@@ -106,10 +87,10 @@ impl Response {
     /// The bytes of the answer. A `closing` one says that no other follows.
     pub fn to_bytes(&self, closing: bool) -> Vec<u8> {
         let connection = if closing { "close" } else { "keep-alive" };
+        // Without a reason: Cloud Hypervisor's client takes all that follows the version for the number.
         let mut head = format!(
-            "HTTP/1.1 {} {}\r\nServer: Tagvisor\r\nConnection: {connection}\r\n",
+            "HTTP/1.1 {} \r\nServer: Tagvisor\r\nConnection: {connection}\r\n",
             self.status as u16,
-            self.status.reason(),
         );
         if let Some(method) = self.allow {
             head += &format!("Allow: {method}\r\n");

@@ -148,7 +148,11 @@ mod tests {
 
     #[test]
     fn a_name_with_a_slash_is_the_path_of_a_socket() {
-        let machine = Machine::find_in(Path::new("/nonexistent"), "./api.sock").unwrap();
-        assert_eq!(machine.client.socket(), Path::new("./api.sock"));
+        let machine = Machine::find_in(Path::new("/nonexistent"), "./none/api.sock").unwrap();
+        let error = machine.ask(Client::pause).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "machine `./none/api.sock`: no VMM listens at ./none/api.sock"
+        );
     }
 }

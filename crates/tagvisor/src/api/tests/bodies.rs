@@ -216,8 +216,8 @@ fn a_machine_that_is_told_and_created_again_is_the_same() {
     assert_eq!(super::bodies::machine(&told), Ok(machine));
 }
 
-fn restore(body: serde_json::Value) -> Result<crate::control::RestoreRequest, String> {
-    let config = interpret::<RestoreConfig>(&body).and_then(RestoreConfig::request);
+fn restore(body: &serde_json::Value) -> Result<crate::control::RestoreRequest, String> {
+    let config = interpret::<RestoreConfig>(body).and_then(RestoreConfig::request);
     config.map_err(|e| e.to_string())
 }
 
@@ -225,23 +225,23 @@ fn restore(body: serde_json::Value) -> Result<crate::control::RestoreRequest, St
 fn restores_that_contradict_themselves_or_ask_for_more_are_refused() {
     let url = "file:///a";
     let refused = [
-        restore(json!({})),
-        restore(json!({"source_url": url, "resume": true, "paused": true})),
-        restore(json!({"source_url": url, "prefault": true})),
-        restore(json!({"source_url": url, "net_fds": [{"id": "n", "num_fds": 1}]})),
-        restore(json!({"source_url": url, "memory_restore_mode": "Magic"})),
-        restore(json!({"source_url": url, "bases": ["relative"]})),
-        restore(json!({"source_url": "a"})),
-        restore(json!({"source_url": "file://a"})),
-        restore(json!({"source_url": "http:///a"})),
-        restore(json!({"source_url": "file:///a\u{0}b"})),
+        restore(&json!({})),
+        restore(&json!({"source_url": url, "resume": true, "paused": true})),
+        restore(&json!({"source_url": url, "prefault": true})),
+        restore(&json!({"source_url": url, "net_fds": [{"id": "n", "num_fds": 1}]})),
+        restore(&json!({"source_url": url, "memory_restore_mode": "Magic"})),
+        restore(&json!({"source_url": url, "bases": ["relative"]})),
+        restore(&json!({"source_url": "a"})),
+        restore(&json!({"source_url": "file://a"})),
+        restore(&json!({"source_url": "http:///a"})),
+        restore(&json!({"source_url": "file:///a\u{0}b"})),
     ];
     assert_eq!(refused.map(|result| result.is_err()), [true; 10]);
 }
 
 #[test]
 fn a_url_is_a_path_as_it_stands() {
-    let request = restore(json!({"source_url": "file:///a%20b c?d#e"})).unwrap();
+    let request = restore(&json!({"source_url": "file:///a%20b c?d#e"})).unwrap();
     assert_eq!(request.file.to_str(), Some("/a%20b c?d#e"));
 }
 

@@ -245,7 +245,7 @@ fn a_connection_is_kept_for_request_after_request() {
             .unwrap();
         let mut answer = [0; 15];
         stream.read_exact(&mut answer).unwrap();
-        assert_eq!(&answer, b"HTTP/1.1 200 OK");
+        assert_eq!(&answer, b"HTTP/1.1 200 \r\n");
         read_to_blank_line_and_body(&mut stream);
     }
 }
@@ -272,8 +272,22 @@ fn requests_sent_at_once_are_answered_in_order() {
 
     let answer = served.exchange(&[&pause[..], resume].concat());
 
-    assert_eq!(answer.matches("HTTP/1.1 204 No Content").count(), 2);
+    assert_eq!(answer.matches("HTTP/1.1 204 ").count(), 2);
     assert_eq!(served.vmm.calls(), [Call::Pause, Call::Resume]);
+}
+
+/// It looks for `HTTP/1.1`, takes what follows in that line for a number, and looks for `Content-Length: ` as it stands.
+#[test]
+fn an_answer_is_what_cloud_hypervisors_client_can_read() {
+    let served = Served::running();
+    let ping = served.exchange(&request("GET", "vmm.ping", ""));
+    let pause = served.exchange(&request("PUT", "vm.pause", ""));
+
+    let (status_line, headers) = ping.split_once("\r\n").unwrap();
+    assert_eq!(status_line, "HTTP/1.1 200 ");
+    assert!(headers.contains("\r\nContent-Length: "), "{headers}");
+    assert!(pause.starts_with("HTTP/1.1 204 \r\n"), "{pause}");
+    assert!(!pause.contains("Content-Length"), "{pause}");
 }
 
 #[test]
