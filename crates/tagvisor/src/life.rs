@@ -25,6 +25,7 @@ use vmm::console::Console;
 use vmm::layout::PAGE_SIZE;
 use vmm::machine::snapshot::{self, Progress, SavedMachine};
 use vmm::machine::{Ending, Error, Machine, MachineHandle};
+use vmm::memory::base::Base;
 use vmm::memory::lazy::{self, LazyFill, SnapshotPages};
 use vmm::memory::pages::GuestPages;
 use vmm::virtio::block::hold_temporary;
@@ -209,6 +210,18 @@ pub enum Beginning {
     Boot(MachineConfig),
     /// With a machine from a snapshot; it ends with its guest.
     Restore(Restoration),
+    /// With a machine that shares its memory with others; it ends with its guest.
+    Clone(Cloning),
+}
+
+/// A machine that goes on from a state and a base of memory.
+pub struct Cloning {
+    /// Its configuration and state.
+    pub saved: Box<SavedMachine>,
+    /// Its memory.
+    pub base: Base,
+    /// Let the guest stand still until it is resumed.
+    pub paused: bool,
 }
 
 /// A machine to be restored, and in what it is to differ from what it was.
@@ -294,6 +307,7 @@ impl Orders {
                 vmm.boot()?;
             }
             Beginning::Restore(restoration) => vmm.restore(restoration)?,
+            Beginning::Clone(cloning) => vmm.clone_machine(&cloning)?,
         }
         loop {
             while let Ok(order) = queue.try_recv() {
@@ -710,12 +724,36 @@ where
         let machine = Machine::restored(hypervisor, &config, &saved.state, console, fill_memory)?;
         machine.renew_generation()?;
         self.shared.known().fill = fill;
-        let state = if request.paused {
-            VmState::Paused
-        } else {
-            VmState::Running
+        self.move_in(machine, state_of(request.paused))
+    }
+}
+
+impl<H: Hypervisor> Landlord<'_, H>
+where
+    <<H::VmBuilder as VmBuilder>::Vm as Vm>::Vcpu: 'static,
+{
+    fn clone_machine(&mut self, cloning: &Cloning) -> Result<(), Error> {
+        let hypervisor = self.hypervisor;
+        let saved = &cloning.saved;
+        self.create(saved.config.clone());
+        let Some(tenant) = &mut self.tenant else {
+            return Ok(());
         };
-        self.move_in(machine, state)
+        let console = Console::open_again(&tenant.config.console)?;
+        let console = tenant.console.insert(console);
+        let config = tenant.overlays.named(&tenant.config)?;
+        let machine = Machine::cloned(hypervisor, &config, &saved.state, console, &cloning.base)?;
+        machine.renew_generation()?;
+        self.move_in(machine, state_of(cloning.paused))
+    }
+}
+
+/// What a machine is in that goes on, or is to wait.
+const fn state_of(paused: bool) -> VmState {
+    if paused {
+        VmState::Paused
+    } else {
+        VmState::Running
     }
 }
 

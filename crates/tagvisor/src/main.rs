@@ -5,6 +5,7 @@
 
 mod api;
 mod check;
+mod clone;
 mod commands;
 mod configuration;
 mod control;
@@ -50,6 +51,11 @@ enum Command {
     Run(Box<run::Args>),
     /// Takes up a machine from a snapshot, with all of its tags, and runs it to its end.
     Restore(restore::Args),
+    /// Starts many machines from one snapshot, or from a machine, which share its memory until they write.
+    Clone(clone::Args),
+    /// One clone, in a process of its own.
+    #[command(hide = true)]
+    CloneMachine(clone::OneArgs),
     /// Starts a VMM without a machine, to be driven over its control socket.
     Api(commands::api::Args),
     /// Lists the machines that run.
@@ -70,7 +76,10 @@ enum Command {
 
 impl Command {
     const fn runs_machines(&self) -> bool {
-        matches!(self, Self::Run(_) | Self::Restore(_) | Self::Api(_))
+        matches!(
+            self,
+            Self::Run(_) | Self::Restore(_) | Self::CloneMachine(_) | Self::Api(_)
+        )
     }
 }
 
@@ -86,6 +95,8 @@ fn main() -> ExitCode {
         Command::Check(args) => check::check(&args),
         Command::Run(args) => run::run(*args),
         Command::Restore(args) => restore::restore(args),
+        Command::Clone(args) => clone::clone(&args),
+        Command::CloneMachine(args) => clone::run_one(&args),
         Command::Api(args) => commands::api::api(&args),
         Command::Ls(args) => commands::ls::ls(&args),
         Command::Info(args) => commands::info::info(&args),

@@ -19,6 +19,7 @@ use crate::devices::generation::{Generation, GenerationId};
 use crate::devices::rtc::{ClockState, RealTimeClock};
 use crate::devices::serial::SerialPortState;
 use crate::memory::GuestMemory;
+use crate::memory::base::Base;
 use crate::memory::pages::GuestPages;
 use crate::memory::tags::{TagStore, tag_store};
 use crate::terminal::Command;
@@ -130,6 +131,14 @@ pub enum Error {
     /// The guest's CPU has what this host's has not.
     #[error("the saved guest's CPU has what this host's has not: {}; restore it on a host with that", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
     MissingFeatures(Vec<cpu::Feature>),
+    /// A base of another guest.
+    #[error("the base for clones has {base} of memory, the machine {wanted}")]
+    OtherBase {
+        /// What the base has.
+        base: MemorySize,
+        /// What the machine is to have.
+        wanted: MemorySize,
+    },
     /// Memory could not be restored.
     #[error(transparent)]
     Pages(#[from] stream::Error),
@@ -282,6 +291,21 @@ where
         Ok(machine)
     }
 
+    /// Builds a machine that goes on where the one of `state` stood, with the memory of `base`, which it shares with all
+    /// other clones until it writes. Otherwise like [`Machine::restored`].
+    ///
+    /// # Errors
+    /// See [`Error`]. Nothing is left behind.
+    pub fn cloned(
+        hypervisor: &H,
+        config: &MachineConfig,
+        state: &MachineState,
+        console: &mut Console,
+        base: &Base,
+    ) -> Result<Self, Error> {
+        Self::build(hypervisor, config, Start::Cloned(state, base), console)
+    }
+
     fn build(
         hypervisor: &H,
         config: &MachineConfig,
@@ -304,7 +328,7 @@ where
             clock: parts.clock,
             running: match start {
                 Start::Boot => Running::NotYet,
-                Start::Restored(_) => Running::Paused,
+                Start::Restored(_) | Start::Cloned(..) => Running::Paused,
             },
             generation: parts.generation,
             virtio: parts.virtio,

@@ -21,6 +21,7 @@ use crate::devices::rtc::RealTimeClock;
 use crate::devices::serial::{SerialPort, SerialPortState};
 use crate::fdt;
 use crate::layout::{self, DEVICE_SIZE};
+use crate::memory::base::Base;
 use crate::memory::{GuestMemory, MemoryPlan};
 use crate::terminal::Command;
 use crate::virtio::block::{Access, Block, DiskError, Image, OverlayPlace, Serial};
@@ -51,6 +52,18 @@ pub(super) enum Start<'a> {
     Boot,
     /// Where another machine stood, whose memory is still to come.
     Restored(&'a MachineState),
+    /// Where another machine stood, with the memory of this base.
+    Cloned(&'a MachineState, &'a Base),
+}
+
+impl<'a> Start<'a> {
+    /// The state to go on from.
+    pub fn state(self) -> Option<&'a MachineState> {
+        match self {
+            Self::Boot => None,
+            Self::Restored(state) | Self::Cloned(state, _) => Some(state),
+        }
+    }
 }
 
 /// Builds all parts of a machine, its serial port on `console`; the user's commands there go to `on_command`.
@@ -65,11 +78,10 @@ pub(super) fn assemble<H: Hypervisor>(
     let mte = guest_mte(host, config.mte)?;
     check_cpus(host, config.cpus)?;
     check_memory(host, config.memory)?;
-    let plan = MemoryPlan::choose(host, mte.is_some(), config.tag_access, config.huge_pages)?;
-    let memory = GuestMemory::new(config.memory.0, plan)?;
+    let memory = guest_memory(host, config, mte.is_some(), start)?;
     let loaded = match start {
         Start::Boot => Some(load(&memory, config)?),
-        Start::Restored(_) => None,
+        Start::Restored(_) | Start::Cloned(..) => None,
     };
 
     // SAFETY: the memory is in `Parts` and then in `Machine`, which deletes the slot before it drops
@@ -91,10 +103,8 @@ pub(super) fn assemble<H: Hypervisor>(
 
     let mut bus = Bus::default();
     let virtio = add_virtio(&mut bus, virtio_devices(config)?, &vm, &memory)?;
-    let serial_state = match start {
-        Start::Boot => &SerialPortState::default(),
-        Start::Restored(state) => &state.serial,
-    };
+    let at_reset = SerialPortState::default();
+    let serial_state = start.state().map_or(&at_reset, |state| &state.serial);
     let (serial, console) = add_serial_port(&mut bus, &vm, console, on_command, serial_state)?;
     let clock = Arc::new(RealTimeClock::new());
     bus.add(layout::RTC, DEVICE_SIZE, clock.clone());
@@ -118,7 +128,7 @@ pub(super) fn assemble<H: Hypervisor>(
         check_page_size(&vcpus, loaded)?;
         enter(&vcpus, loaded)?;
     }
-    if let Start::Restored(state) = start {
+    if let Some(state) = start.state() {
         restore(state, &*vm, &vcpus, &virtio)?;
         clock.restore(&state.clock);
     }
@@ -174,6 +184,27 @@ fn check_cpu(state: &VcpuState, vcpu: &impl Vcpu) -> Result<(), Error> {
         return Err(Error::OtherMte { saved, here });
     }
     Ok(())
+}
+
+fn guest_memory(
+    host: &Capabilities,
+    config: &MachineConfig,
+    mte: bool,
+    start: Start<'_>,
+) -> Result<GuestMemory, Error> {
+    let (access, huge_pages) = (config.tag_access, config.huge_pages);
+    if let Start::Cloned(_, base) = start {
+        MemoryPlan::choose_for_clone(mte, access, huge_pages)?;
+        if base.size() != config.memory.0 {
+            return Err(Error::OtherBase {
+                base: MemorySize(base.size()),
+                wanted: config.memory,
+            });
+        }
+        return Ok(GuestMemory::clone_of(base)?);
+    }
+    let plan = MemoryPlan::choose(host, mte, access, huge_pages)?;
+    Ok(GuestMemory::new(config.memory.0, plan)?)
 }
 
 fn guest_mte(host: &Capabilities, wanted: MteConfig) -> Result<Option<MteFeatures>, Error> {
@@ -373,9 +404,9 @@ fn add_generation<V: Vm>(vm: &Arc<V>, start: Start<'_>) -> Result<Generation<Spi
         step: "making the guest's generation ID",
         source,
     };
-    let id = match start {
-        Start::Boot => GenerationId::random().map_err(host)?,
-        Start::Restored(state) => state.generation,
+    let id = match start.state() {
+        None => GenerationId::random().map_err(host)?,
+        Some(state) => state.generation,
     };
     let line = SpiLine {
         vm: vm.clone(),

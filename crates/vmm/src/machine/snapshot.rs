@@ -39,9 +39,13 @@ use tempfile::NamedTempFile;
 
 use super::{Machine, MachineState, VcpuOf, cpu};
 use crate::config::{DiskConfig, MachineConfig, OverlayConfig};
-use crate::memory::GuestMemory;
+use crate::memory::base::Base;
 use crate::memory::dirty::{DirtyPages, DirtySource};
 use crate::memory::pages::GuestPages;
+#[cfg(target_arch = "aarch64")]
+use crate::memory::tags::AliasTags;
+use crate::memory::tags::TagStore;
+use crate::memory::{GuestMemory, MemoryPlan};
 
 /// The version of the states' formats.
 const STATE_VERSION: u32 = 1;
@@ -131,6 +135,9 @@ pub enum ReadError {
         /// What happened to it.
         what: &'static str,
     },
+    /// Its memory cannot be had.
+    #[error(transparent)]
+    Memory(Box<super::Error>),
     /// It is of another kind of machine.
     #[error("it is of a machine with architecture {0}, this Tagvisor has aarch64")]
     Architecture(String),
@@ -192,7 +199,7 @@ pub struct Platform {
 }
 
 /// A machine but for its memory, as it is in a snapshot.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SavedMachine {
     /// Its configuration.
     pub config: MachineConfig,
@@ -344,6 +351,37 @@ pub fn open(path: &Path, bases: &[PathBuf]) -> stream::Result<Snapshot<File>> {
             .map(|path| open(path))
             .transpose()
     })
+}
+
+/// Makes a base for clones of a snapshot's memory, data and tags.
+///
+/// # Errors
+/// The host has not the memory, or no MTE where the guest has it; the snapshot is damaged.
+pub fn base_of<F: ReadAt>(
+    snapshot: &Snapshot<F>,
+    saved: &SavedMachine,
+) -> Result<Base, super::Error> {
+    let mte = snapshot.metadata().has_tags();
+    let memory = GuestMemory::new(saved.config.memory.0, MemoryPlan::of_base(mte))?;
+    let memory = Arc::new(memory);
+    let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let tags = mte.then(|| base_tags(&memory)).transpose()?;
+    let pages = GuestPages::new(memory.clone(), tags);
+    stream::restore(snapshot, &pages, threads)?;
+    drop(pages);
+    let memory = Arc::into_inner(memory).expect("what shared it was dropped");
+    Ok(memory.into_base()?)
+}
+
+#[cfg(target_arch = "aarch64")]
+fn base_tags(memory: &Arc<GuestMemory>) -> Result<Box<dyn TagStore>, super::Error> {
+    let tags = AliasTags::new(memory.clone()).ok_or(engine::Error::MteUnsupported)?;
+    Ok(Box::new(tags))
+}
+
+#[cfg(not(target_arch = "aarch64"))]
+fn base_tags(_: &Arc<GuestMemory>) -> Result<Box<dyn TagStore>, super::Error> {
+    Err(engine::Error::MteUnsupported.into())
 }
 
 /// A file that has its name only when it is whole.
