@@ -30,11 +30,19 @@ struct Served {
 /// Short enough that a test can wait for the end of it, long enough for a busy machine.
 fn impatient() -> Limits {
     Limits {
-        connections: 8,
+        connections: 32,
         patience: Patience {
             request: Duration::from_millis(400),
             idle: Duration::from_millis(800),
         },
+    }
+}
+
+/// Eight connections, and time for everything.
+fn few() -> Limits {
+    Limits {
+        connections: 8,
+        ..patient()
     }
 }
 

@@ -82,7 +82,11 @@ fn ask(machine: &Machine, timeout: Duration) -> Result<(), Error> {
 fn is_there(machine: &Machine) -> bool {
     match &machine.running {
         Some(running) => running.is_running(),
-        None => machine.client.process().is_ok(),
+        // One that takes up no connection is not gone.
+        None => {
+            let client = machine.client.clone().patient(PAUSE);
+            !matches!(client.process(), Err(client::Error::Nobody(_)))
+        }
     }
 }
 
@@ -122,6 +126,25 @@ mod tests {
         ending.join().unwrap();
         assert!(stopped.is_ok(), "{stopped:?}");
         assert_eq!(vmm.calls(), [Call::ShutDownVmm]);
+    }
+
+    #[test]
+    fn a_machine_named_by_its_socket_is_stopped_when_nobody_listens_there() {
+        let (runtime, _lock, vmm) = web();
+        let socket = runtime.path().join("web/api.sock");
+        let server = serve(&socket, vmm.clone()).unwrap();
+        let machine = Machine::find(socket.to_str().unwrap()).unwrap();
+        let ending = thread::spawn(move || {
+            while vmm.calls().is_empty() {
+                thread::sleep(PAUSE);
+            }
+            drop(server);
+        });
+
+        let stopped = stop_within(&machine, Duration::from_secs(20));
+
+        ending.join().unwrap();
+        assert!(stopped.is_ok(), "{stopped:?}");
     }
 
     #[test]

@@ -65,7 +65,7 @@ fn a_refusal_comes_with_its_reasons() {
 
 #[test]
 fn one_who_is_turned_away_learns_why() {
-    let served = Served::new(Double::running(), impatient());
+    let served = Served::new(Double::running(), few());
     let _kept: Vec<_> = (0..8).map(|_| served.connect()).collect();
     let error = Client::new(served.socket()).info().unwrap_err();
     assert!(
