@@ -1,12 +1,13 @@
 //! The control socket: HTTP/1.1 over a Unix socket, in the convention of Cloud Hypervisor's REST API v1.
 //!
-//! [`server`] takes up connections, [`http`] reads requests from their [`wire`] and writes answers, [`routes`] knows every
-//! path and asks the [`Vmm`](crate::control::Vmm), [`body`] reads what
-//! bodies say and [`model`] is what they may. [`client`] is the other end, which the
-//! command line uses. `docs/openapi.yaml` describes it all, and a test holds the server against that file.
+//! [`server`] takes up connections at a [`socket`], [`http`] reads requests from their [`wire`] and writes answers,
+//! [`routes`] knows every path and asks the [`Vmm`](crate::control::Vmm). [`body`] reads what is sent, as one of the types
+//! of [`model`] and [`config`]. [`client`] is the other end, which the command line uses. `docs/openapi.yaml` describes it
+//! all, and a test holds the server against that file.
 
 mod body;
 pub mod client;
+mod config;
 mod http;
 pub mod model;
 mod routes;

@@ -1,4 +1,4 @@
-//! Reading a body: JSON to one of the [`model`](super::model)'s types.
+//! Reading a body: JSON to one of the types of [`model`](super::model) and [`config`](super::config).
 //!
 //! Fields that the type does not have are let pass if they ask for nothing (`null`, `false`, an empty list), or for what
 //! is granted: what Cloud Hypervisor's clients send without wanting it, because it is the default. Any other is refused

@@ -4,8 +4,9 @@
 //! to why it was not done.
 
 use super::body::{Invalid, read};
+use super::config::VmConfig;
 use super::http::{Request, Response, Status};
-use super::model::{PingResponse, RestoreConfig, SnapshotConfig, VmConfig, VmInfo};
+use super::model::{PingResponse, RestoreConfig, SnapshotConfig, VmInfo};
 use crate::control::{Refusal, Vmm};
 
 const ROOT: &str = "/api/v1/";

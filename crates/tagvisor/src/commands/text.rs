@@ -42,7 +42,7 @@ pub fn table<const N: usize>(rows: &[[String; N]]) -> String {
     text
 }
 
-/// Whether only what can be shown is in a text that another process wrote; what cannot is replaced.
+/// A text that another process wrote, with what would move the cursor replaced.
 pub fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '\u{fffd}' } else { c })

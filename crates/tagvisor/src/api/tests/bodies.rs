@@ -6,7 +6,8 @@ use vmm::config::{MachineConfig, MemorySize};
 use vmm::console::ConsoleConfig;
 
 use super::super::body::{interpret, read};
-use super::super::model::{RestoreConfig, SnapshotConfig, VmConfig, parse_compression};
+use super::super::config::VmConfig;
+use super::super::model::{RestoreConfig, SnapshotConfig, parse_compression};
 
 fn machine(body: &serde_json::Value) -> Result<MachineConfig, String> {
     let config = interpret::<VmConfig>(body).and_then(VmConfig::machine);
