@@ -37,7 +37,7 @@ use stream::{
 };
 use tempfile::NamedTempFile;
 
-use super::{Machine, MachineState, VcpuOf, cpu};
+use super::{Machine, MachineState, VcpuOf, VmOf, cpu};
 use crate::config::{DiskConfig, MachineConfig, OverlayConfig};
 use crate::memory::base::Base;
 use crate::memory::dirty::{DirtyPages, DirtySource};
@@ -523,7 +523,7 @@ impl<V: Vm> DirtyLog<V> {
     }
 
     /// What changed since the last call.
-    fn take(&self) -> engine::Result<DirtyPages> {
+    fn take(&self) -> Result<DirtyPages, super::Error> {
         let mut dirty = DirtyPages::none(self.memory.size());
         dirty.add_host_pages(&self.vm.take_dirty_log(self.memory.memslot().slot)?);
         dirty.add_pages(&self.memory.take_vmm_writes());
@@ -577,61 +577,16 @@ where
         path: &Path,
         options: &Options<'_, F>,
     ) -> Result<(Report, Duration), Error> {
-        let stream_error = |source| Error::Stream {
-            path: path.into(),
-            source,
+        let pages = GuestPages::new(self.memory.clone(), self.tags());
+        let mut writing = Writing::begin(pages, file, path, options)?;
+        let log = match self.is_running() {
+            true => Some(self.log_dirty_pages()?),
+            false => None,
         };
-        let progress = options.progress;
-        let pages = Watched {
-            source: GuestPages::new(self.memory().clone(), self.tags()),
-            progress,
-        };
-        let base = options.base.map(Snapshot::identity);
-        let header = Header::of_file(pages.metadata(), base).map_err(stream_error)?;
-        let to = Counted { to: file, progress };
-        let mut writer = StreamWriter::new(to, header).map_err(stream_error)?;
-        let sending = Sending {
-            compression: options.compression,
-            threads: thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
-            ..Sending::default()
-        };
-        let log = if self.is_running() {
-            Some(
-                DirtyLog::start(self.vm.clone(), self.memory.clone())
-                    .map_err(super::Error::from)?,
-            )
-        } else {
-            None
-        };
-        let mut rounds = 1;
-        let expected = |result: io::Result<()>| {
-            result.map_err(|source| Error::File {
-                path: path.into(),
-                action: "find out which pages of memory exist",
-                source,
-            })
-        };
-        expected(progress.expect(&pages))?;
-        match options.base {
-            Some(base) => send_changes(&pages, base, &mut writer, &sending),
-            None => send(&pages, &mut writer, &sending),
-        }
-        .map_err(stream_error)?;
-
+        writing.all(options.base)?;
         let mut dirty = DirtyPages::none(self.memory.size());
         if let Some(log) = &log {
-            dirty = log.take().map_err(super::Error::from)?;
-            while dirty.len() > FEW && rounds < MAX_ROUNDS {
-                let before = dirty.len();
-                let changed = DirtySource::new(&pages, &dirty);
-                expected(progress.expect(&changed))?;
-                send(&changed, &mut writer, &sending).map_err(stream_error)?;
-                rounds += 1;
-                dirty = log.take().map_err(super::Error::from)?;
-                if dirty.len() > before / 2 {
-                    break;
-                }
-            }
+            dirty = writing.changes(log)?;
         }
 
         let stopped = Instant::now();
@@ -640,16 +595,9 @@ where
             return Err(Error::Ended);
         }
         if let Some(log) = &log {
-            dirty.add(&log.take().map_err(super::Error::from)?);
+            dirty.add(&log.take()?);
         }
-        let last = DirtySource::new(&pages, &dirty);
-        expected(progress.expect(&last))?;
-        let held = if dirty.len() <= HELD {
-            hold(&last, &sending).map_err(stream_error)?
-        } else {
-            send(&last, &mut writer, &sending).map_err(stream_error)?;
-            Vec::new()
-        };
+        let held = writing.last_changes(&dirty)?;
         // With nothing on its way to them.
         let disks = Disks::of(&options.config.disk).map_err(|(path, source)| Error::File {
             path,
@@ -662,37 +610,12 @@ where
         }
         let blackout = stopped.elapsed();
 
-        let mut encoder =
-            Encoder::new(writer.header(), options.compression).map_err(stream_error)?;
-        let mut chunk = Chunk::new();
-        for batch in &held {
-            encoder
-                .pages(batch, &mut chunk)
-                .and_then(|()| writer.write(&chunk))
-                .map_err(stream_error)?;
-        }
-        for (name, data) in self.states(&state, options.config, &disks) {
-            let state = State {
-                name,
-                version: STATE_VERSION,
-                data: data.into(),
-            };
-            encoder
-                .state(&state, &mut chunk)
-                .and_then(|()| writer.write(&chunk))
-                .map_err(stream_error)?;
-        }
-        let pages = writer.pages();
-        let (_, identity) = writer.finish().map_err(stream_error)?;
-        let report = Report {
-            identity,
-            bytes: progress.bytes.load(Ordering::Relaxed),
-            pages,
-            rounds: rounds + u32::from(!dirty.is_empty()),
-            total: Duration::ZERO,
-            blackout: None,
-        };
-        Ok((report, blackout))
+        let states = self.states(&state, options.config, &disks);
+        Ok((writing.end(&held, states)?, blackout))
+    }
+
+    fn log_dirty_pages(&self) -> Result<DirtyLog<VmOf<H>>, super::Error> {
+        Ok(DirtyLog::start(self.vm.clone(), self.memory.clone())?)
     }
 
     /// What is saved besides memory, by name.
@@ -724,9 +647,141 @@ where
     }
 }
 
+/// A snapshot that is being written.
+struct Writing<'a> {
+    pages: Watched<'a, GuestPages>,
+    writer: StreamWriter<Counted<'a>>,
+    sending: Sending,
+    rounds: u32,
+    path: &'a Path,
+}
+
+impl<'a> Writing<'a> {
+    fn begin<F: ReadAt>(
+        pages: GuestPages,
+        file: &'a File,
+        path: &'a Path,
+        options: &Options<'a, F>,
+    ) -> Result<Self, Error> {
+        let progress = options.progress;
+        let base = options.base.map(Snapshot::identity);
+        let writer = Header::of_file(pages.metadata(), base)
+            .and_then(|header| StreamWriter::new(Counted { to: file, progress }, header))
+            .map_err(stream_error(path))?;
+        Ok(Self {
+            pages: Watched {
+                source: pages,
+                progress,
+            },
+            writer,
+            sending: Sending {
+                compression: options.compression,
+                ..Sending::default()
+            },
+            rounds: 0,
+            path,
+        })
+    }
+
+    /// Writes all pages, or all that changed since `base`.
+    fn all<F: ReadAt>(&mut self, base: Option<&Snapshot<F>>) -> Result<(), Error> {
+        self.expect(&self.pages)?;
+        self.rounds += 1;
+        match base {
+            Some(base) => send_changes(&self.pages, base, &mut self.writer, &self.sending),
+            None => send(&self.pages, &mut self.writer, &self.sending),
+        }
+        .map_err(stream_error(self.path))
+    }
+
+    /// Writes what changes while the guest runs, until what is left is little, or does not become less. Returns that.
+    fn changes(&mut self, log: &DirtyLog<impl Vm>) -> Result<DirtyPages, Error> {
+        let mut dirty = log.take()?;
+        while dirty.len() > FEW && self.rounds < MAX_ROUNDS {
+            let before = dirty.len();
+            self.dirty(&dirty)?;
+            dirty = log.take()?;
+            if dirty.len() > before / 2 {
+                break;
+            }
+        }
+        Ok(dirty)
+    }
+
+    /// Takes the last pages, of a guest that stands still: copies them aside, to be written when it runs again. Too many
+    /// for that are written at once.
+    fn last_changes(&mut self, dirty: &DirtyPages) -> Result<Vec<Batch>, Error> {
+        if dirty.len() > HELD {
+            self.dirty(dirty)?;
+            return Ok(Vec::new());
+        }
+        self.rounds += u32::from(!dirty.is_empty());
+        let last = DirtySource::new(&self.pages, dirty);
+        self.expect(&last)?;
+        hold(&last, self.sending.chunk_pages).map_err(stream_error(self.path))
+    }
+
+    fn dirty(&mut self, dirty: &DirtyPages) -> Result<(), Error> {
+        let changed = DirtySource::new(&self.pages, dirty);
+        self.expect(&changed)?;
+        self.rounds += 1;
+        send(&changed, &mut self.writer, &self.sending).map_err(stream_error(self.path))
+    }
+
+    /// Says how many pages are still to come.
+    fn expect(&self, source: &impl PageSource) -> Result<(), Error> {
+        let expected = self.pages.progress.expect(source);
+        expected.map_err(|source| Error::File {
+            path: self.path.into(),
+            action: "find out which pages of memory exist",
+            source,
+        })
+    }
+
+    fn end(mut self, held: &[Batch], states: [(&str, Vec<u8>); 4]) -> Result<Report, Error> {
+        self.write(held, states).map_err(stream_error(self.path))?;
+        let pages = self.writer.pages();
+        let (to, identity) = self.writer.finish().map_err(stream_error(self.path))?;
+        Ok(Report {
+            identity,
+            bytes: to.progress.bytes.load(Ordering::Relaxed),
+            pages,
+            rounds: self.rounds,
+            total: Duration::ZERO,
+            blackout: None,
+        })
+    }
+
+    fn write(&mut self, held: &[Batch], states: [(&str, Vec<u8>); 4]) -> stream::Result<()> {
+        let mut encoder = Encoder::new(self.writer.header(), self.sending.compression)?;
+        let mut chunk = Chunk::new();
+        for batch in held {
+            encoder.pages(batch, &mut chunk)?;
+            self.writer.write(&chunk)?;
+        }
+        for (name, data) in states {
+            let state = State {
+                name,
+                version: STATE_VERSION,
+                data: data.into(),
+            };
+            encoder.state(&state, &mut chunk)?;
+            self.writer.write(&chunk)?;
+        }
+        Ok(())
+    }
+}
+
+fn stream_error(path: &Path) -> impl Fn(stream::Error) -> Error {
+    move |source| Error::Stream {
+        path: path.into(),
+        source,
+    }
+}
+
 /// Reads all pages of a source.
-fn hold(source: &impl PageSource, sending: &Sending) -> stream::Result<Vec<Batch>> {
-    let mut cursor = Cursor::new(sending.chunk_pages)?;
+fn hold(source: &impl PageSource, chunk_pages: usize) -> stream::Result<Vec<Batch>> {
+    let mut cursor = Cursor::new(chunk_pages)?;
     let mut held = Vec::new();
     let mut runs = Vec::new();
     loop {
