@@ -13,7 +13,8 @@ use vmm::console::{Console, ConsoleConfig};
 use vmm::machine::snapshot::{self, Progress, SavedMachine};
 use vmm::machine::{Ending, Machine};
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+/// What a test comes to.
+pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// No guest here takes longer, whatever else the machine does.
 const LIMIT: Duration = Duration::from_secs(200);
@@ -32,8 +33,9 @@ fn goes_on_in_another_machine() -> Result<()> {
     let hypervisor = KvmHypervisor::open(KvmHypervisor::DEFAULT_PATH.as_ref())?;
     let moves = moves()?;
     let mut path = PathBuf::from("console-0");
-    let mut console = Console::open(&ConsoleConfig::File(path.clone()))?;
-    let mut machine = Machine::new(&hypervisor, &config(), &mut console)?;
+    let mut console = open(&path)?;
+    let config = config("tag-workload", 4);
+    let mut machine = Machine::new(&hypervisor, &config, &mut console)?;
     for number in 1..=moves {
         run_until(&mut machine, &path, 1)?;
         let file = PathBuf::from(format!("snapshot-{number}"));
@@ -42,7 +44,7 @@ fn goes_on_in_another_machine() -> Result<()> {
             .then(|| snapshot::open(&base, &[]))
             .transpose()?;
         let options = snapshot::Options {
-            config: &config(),
+            config: &config,
             base: base.as_ref(),
             compression: Compression::default(),
             progress: &Progress::default(),
@@ -61,7 +63,7 @@ fn goes_on_in_another_machine() -> Result<()> {
         let snapshot = snapshot::open(&file, &[])?;
         let saved = SavedMachine::read(&snapshot)?;
         path = PathBuf::from(format!("console-{number}"));
-        console = Console::open(&ConsoleConfig::File(path.clone()))?;
+        console = open(&path)?;
         machine = Machine::restored(
             &hypervisor,
             &saved.config,
@@ -83,23 +85,29 @@ fn moves() -> Result<usize> {
     }
 }
 
-fn config() -> MachineConfig {
+/// A Linux guest that runs `command`.
+pub fn config(command: &str, cpus: u32) -> MachineConfig {
     let lab = std::env::var("LAB").unwrap_or_else(|_| "/lab".into());
     let kernel = Path::new(&lab).join("kernels/trixie");
     MachineConfig {
         kernel: Some(kernel.join("Image")),
         initrd: Some(kernel.join("initrd.cpio")),
-        cmdline: "console=ttyS0 quiet -- tag-workload".into(),
-        cpus: 4,
+        cmdline: format!("console=ttyS0 quiet -- {command}"),
+        cpus,
         memory: MemorySize(256 << 20),
         no_reboot: true,
         ..MachineConfig::default()
     }
 }
 
+/// The console of a machine, in a file.
+pub fn open(path: &Path) -> Result<Console> {
+    Ok(Console::open(&ConsoleConfig::File(path.into()))?)
+}
+
 /// Runs the guest until its workload has said so often that all was as it had written it; it goes on behind that. It ends
 /// at the first difference.
-fn run_until(machine: &mut Machine<KvmHypervisor>, console: &Path, lines: usize) -> Result<()> {
+pub fn run_until(machine: &mut Machine<KvmHypervisor>, console: &Path, lines: usize) -> Result<()> {
     let handle = machine.handle();
     let has_said_so = || {
         let so_far = fs::read_to_string(console).unwrap_or_default();
