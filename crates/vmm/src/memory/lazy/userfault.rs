@@ -79,8 +79,10 @@ impl Userfault {
     /// What the host said.
     pub(super) fn unregister(&self, range: Range<u64>) -> io::Result<()> {
         // SAFETY: this request reads this structure.
-        unsafe { update::<UFFDIO_UNREGISTER, _>(&self.0, &mut raw(range)) }?;
-        Ok(())
+        unsafe { update::<UFFDIO_UNREGISTER, _>(&self.0, &mut raw(range.clone())) }?;
+        // The kernel wakes first and unregisters then. Who faults in between, under the lock of the mapping alone
+        // (since Linux 6.7), would wait for ever.
+        Ok(self.wake(range)?)
     }
 
     /// Maps the pages of a range, which are in the file behind it, and lets go on who waits for them. Those
