@@ -9,8 +9,8 @@
 //!
 //! What the kernel has of a page says nothing: where the file is made of huge pages, writing one small page puts 511
 //! neighbours into the page cache, as zeros. Faults of both kinds, *missing* and *minor*, are therefore treated
-//! alike, and what was placed is decided by one table alone (`queue.rs`). Pages that the source does not have are holes:
-//! zeros with tag 0, which are shown as soon as they are touched.
+//! alike, and what was placed is decided by one table alone (`queue.rs`). Pages that the source does not have are shown
+//! as the file has them as soon as they are touched: holes, zeros with tag 0, or what pre-copy brought before.
 //!
 //! When all is placed, the memory becomes ordinary memory and the threads end. If the source fails, nothing wrong is
 //! placed: who waits goes on waiting, the event is told, and another try can be asked for.
@@ -33,7 +33,6 @@ mod userfault;
 
 use std::fs::File;
 use std::io;
-use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -263,6 +262,9 @@ pub struct Options {
     pub fault_threads: NonZeroUsize,
     /// Threads that bring all the rest, if nobody waits.
     pub background_threads: NonZeroUsize,
+    /// The memory holds older contents: what the source has replaces them, and all others stay. So post-copy goes on
+    /// where pre-copy ended. Otherwise the memory must be untouched.
+    pub replace: bool,
 }
 
 impl Default for Options {
@@ -270,16 +272,16 @@ impl Default for Options {
         Self {
             fault_threads: NonZeroUsize::MIN.saturating_add(3),
             background_threads: NonZeroUsize::MIN,
+            replace: false,
         }
     }
 }
 
 /// A memory that is being filled.
 ///
-/// Dropping it changes nothing: the filling goes on to its end, with its memory. Only [`Self::abandon`] gives up pages
-/// that are missing. While any is, and unless it is called, the userfaultfd stays open as long as the process lives,
-/// since closing it would let those who wait find zeros. A process that ends is no danger: its threads
-/// end before its files are closed.
+/// Dropping it changes nothing: its threads hold the memory and the userfaultfd, and fill on, or wait for ever if the source
+/// failed. Only [`Self::abandon`] gives up pages that are missing, since closing the userfaultfd lets those who wait find
+/// zeros. A process that ends is no danger: its threads end before its files are closed.
 ///
 /// Until [`Self::is_complete`], the memory must not be saved ([`GuestMemory::populated`] tells of what the kernel has, not of
 /// what was placed), and a vCPU that waits cannot be stopped: it waits in the kernel, where only the end of the
@@ -289,12 +291,12 @@ pub struct LazyFill {
 }
 
 impl LazyFill {
-    /// Begins to fill `memory`, which nobody has touched yet, from `source`. Vcpus may run and devices go on
-    /// when this returns, and not before. `on_event` is called by threads of the filling; it may call
+    /// Begins to fill `memory` from `source`. vCPUs may run and devices go on when this returns, and not before.
+    /// `on_event` is called by threads of the filling; it may call
     /// this value's functions, but must touch no guest memory.
     ///
     /// # Errors
-    /// See [`Error`]. The memory is untouched then.
+    /// See [`Error`]. The memory is as before then.
     pub fn start<S: PageProvider>(
         memory: Arc<GuestMemory>,
         source: S,
@@ -317,13 +319,13 @@ impl LazyFill {
     ) -> Result<Self, Error> {
         check_metadata(&memory, &source)?;
         let file = file_of(&memory)?;
-        check_untouched(&memory)?;
+        if !options.replace {
+            check_untouched(&memory)?;
+        }
         let plan = plan(&source, memory.size())?;
         let userfault = Userfault::new()?;
-        let start = memory.host_address.addr().get() as u64;
         for range in &plan.ranges {
-            userfault
-                .register(start + range.start..start + range.end)
+            watch(&memory, range, &userfault)
                 .map_err(host("registering memory with userfaultfd"))?;
         }
         let end = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
@@ -333,7 +335,7 @@ impl LazyFill {
             memory,
             file,
             tags,
-            userfault: ManuallyDrop::new(userfault),
+            userfault,
             plan,
             on_event,
             more: Condvar::new(),
@@ -481,6 +483,23 @@ fn file_of(memory: &GuestMemory) -> Result<File, Error> {
     }
     file.try_clone()
         .map_err(host("duplicating the memory file"))
+}
+
+/// From now on, who touches a page of this range of RAM waits for it, whether the file has it or not.
+fn watch(memory: &GuestMemory, range: &Range<u64>, userfault: &Userfault) -> io::Result<()> {
+    let start = memory.host_address.addr().get() as u64;
+    userfault.register(start + range.start..start + range.end)?;
+    let length = (range.end - range.start) as usize;
+    // SAFETY: the range is the data mapping's, a shared one: this takes pages from the page tables, and from
+    // nothing else.
+    let result = unsafe {
+        let first = memory.host_address.as_ptr().add(range.start as usize);
+        libc::madvise(first.cast(), length, libc::MADV_DONTNEED)
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn check_untouched(memory: &GuestMemory) -> Result<(), Error> {

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -41,8 +40,9 @@ pub(super) struct Filling {
     pub memory: Arc<GuestMemory>,
     pub file: File,
     pub tags: Option<Box<dyn TagStore>>,
-    /// Closed only if nobody can touch a page that is missing.
-    pub userfault: ManuallyDrop<Userfault>,
+    /// Closed with this value, which the thread that reads faults holds until all is over: nobody finds zeros
+    /// where pages are missing.
+    pub userfault: Userfault,
     pub plan: Plan,
     pub on_event: Box<dyn Fn(Event) + Send + Sync>,
     pub queue: Mutex<Queue>,
@@ -77,7 +77,7 @@ impl Filling {
 
     fn wait_for_faults(&self) -> io::Result<()> {
         let mut files = [
-            PollFd::new(&*self.userfault, PollFlags::IN),
+            PollFd::new(&self.userfault, PollFlags::IN),
             PollFd::new(&self.end, PollFlags::IN),
         ];
         match rustix::event::poll(&mut files, None) {
@@ -206,7 +206,7 @@ impl Filling {
     fn write(&self, chunk: u32, batch: &Batch) -> Result<(), Failure> {
         self.check(chunk, batch)?;
         batch.runs().try_for_each(|run| self.write_run(&run))?;
-        // All of it comes before the page table entries. Kernels before 6.10 leave that to their callers.
+        // All of it comes before the page table entries. Older kernels leave that to their callers.
         fence(Ordering::SeqCst);
         Ok(())
     }
@@ -267,7 +267,7 @@ impl Filling {
                 .userfault
                 .unregister(start + range.start..start + range.end)
             {
-                // Closing it, which comes next, does the same.
+                // Closing it, as the last one lets go of it, does the same.
                 tracing::debug!("guest memory is filled, unregistering a range of it: {error}");
             }
         }
@@ -296,15 +296,5 @@ impl Filling {
         drop(queue);
         self.changed.notify_all();
         (self.on_event)(Event::Failed(failure));
-    }
-}
-
-impl Drop for Filling {
-    fn drop(&mut self) {
-        // Otherwise it stays open for as long as the process lives: nobody may find zeros where pages are missing.
-        if self.lock().is_over() {
-            // SAFETY: it is used no more.
-            unsafe { ManuallyDrop::drop(&mut self.userfault) };
-        }
     }
 }

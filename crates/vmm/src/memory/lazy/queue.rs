@@ -185,3 +185,117 @@ impl Queue {
         std::mem::take(&mut self.stuck)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waiters(pages: [u64; 2]) -> [Waiter; 2] {
+        let since = Instant::now();
+        pages.map(|page| Waiter { page, since })
+    }
+
+    fn failure() -> Phase {
+        Phase::Failed(Arc::new(Failure::OtherPages { chunk: 0 }))
+    }
+
+    #[test]
+    fn faults_go_first_also_in_the_background() {
+        let mut queue = Queue::new(4);
+        let [first, second] = waiters([30, 20]);
+        assert_eq!(queue.take(true), Some(Work::Bring(0)));
+        assert_eq!(queue.fault(3, first), Fault::Wanted);
+        assert_eq!(queue.fault(2, second), Fault::Wanted);
+        let taken: Vec<_> = std::iter::from_fn(|| queue.take(true)).collect();
+        assert_eq!(taken, [3, 2, 1].map(Work::Bring));
+    }
+
+    #[test]
+    fn threads_for_faults_leave_the_background_alone() {
+        let mut queue = Queue::new(4);
+        let [waiter, _] = waiters([0, 0]);
+        assert_eq!(queue.take(false), None);
+        queue.fault(2, waiter);
+        assert_eq!(queue.take(false), Some(Work::Bring(2)));
+        assert_eq!(queue.take(false), None);
+    }
+
+    #[test]
+    fn a_chunk_is_taken_once_whoever_waits_for_it() {
+        let mut queue = Queue::new(1);
+        let [first, second] = waiters([1, 2]);
+        assert_eq!(queue.fault(0, first), Fault::Wanted);
+        assert_eq!(queue.fault(0, second), Fault::Wanted);
+        assert_eq!(queue.take(true), Some(Work::Bring(0)));
+        assert_eq!(queue.take(true), None);
+        assert_eq!(queue.placed(0), [first, second]);
+    }
+
+    #[test]
+    fn who_faults_while_a_chunk_is_on_its_way_is_let_go_with_it_and_later_ones_at_once() {
+        let mut queue = Queue::new(1);
+        let [early, late] = waiters([1, 2]);
+        queue.take(true);
+        assert_eq!(queue.fault(0, early), Fault::Waits);
+        assert_eq!(queue.placed(0), [early]);
+        assert_eq!(queue.fault(0, late), Fault::Show);
+    }
+
+    #[test]
+    fn it_is_done_when_those_who_waited_went_on() {
+        let mut queue = Queue::new(1);
+        let [stuck, _] = waiters([1, 2]);
+        queue.take(true);
+        queue.placed(0);
+        assert!(!queue.is_all_done());
+        queue.stick(stuck);
+        queue.settled();
+        assert!(!queue.is_all_done());
+        assert_eq!(queue.retry(), [stuck]);
+        assert!(queue.is_all_done());
+    }
+
+    #[test]
+    fn after_a_failure_only_faults_are_served() {
+        let mut queue = Queue::new(3);
+        let [waiter, _] = waiters([2, 2]);
+        queue.take(true);
+        queue.failed(Work::Bring(0));
+        queue.phase = failure();
+        assert_eq!(queue.take(true), None);
+        queue.fault(2, waiter);
+        assert_eq!(queue.take(true), Some(Work::Bring(2)));
+    }
+
+    #[test]
+    fn who_waits_for_a_chunk_that_failed_comes_first_when_it_is_tried_again() {
+        let mut queue = Queue::new(3);
+        let [waiter, _] = waiters([1, 1]);
+        (0..3).for_each(|_| _ = queue.take(true));
+        (0..3).for_each(|chunk| queue.failed(Work::Bring(chunk)));
+        queue.phase = failure();
+        assert_eq!(queue.fault(1, waiter), Fault::Waits);
+        assert_eq!(queue.take(true), None);
+
+        assert_eq!(queue.retry(), []);
+        let taken: Vec<_> = std::iter::from_fn(|| queue.take(true)).collect();
+        assert_eq!(taken, [1, 0, 2].map(Work::Bring));
+        assert_eq!(queue.placed(1), [waiter]);
+    }
+
+    #[test]
+    fn a_chunk_that_was_written_is_shown_again_and_never_written_again() {
+        let mut queue = Queue::new(1);
+        let [waiter, _] = waiters([0, 0]);
+        queue.take(true);
+        queue.failed(Work::Show(0));
+        queue.phase = failure();
+        assert_eq!(queue.fault(0, waiter), Fault::Waits);
+        queue.retry();
+        assert_eq!(queue.take(false), Some(Work::Show(0)));
+        queue.failed(Work::Show(0));
+        queue.phase = failure();
+        queue.retry();
+        assert_eq!(queue.take(true), Some(Work::Show(0)));
+    }
+}

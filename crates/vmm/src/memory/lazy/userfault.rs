@@ -80,8 +80,8 @@ impl Userfault {
     pub(super) fn unregister(&self, range: Range<u64>) -> io::Result<()> {
         // SAFETY: this request reads this structure.
         unsafe { update::<UFFDIO_UNREGISTER, _>(&self.0, &mut raw(range.clone())) }?;
-        // The kernel wakes first and unregisters then. Who faults in between, under the lock of the mapping alone
-        // (since Linux 6.7), would wait for ever.
+        // The kernel wakes first and unregisters then. Who faults in between, which newer kernels let happen as they
+        // hold the lock of one mapping only, would wait for ever.
         Ok(self.wake(range)?)
     }
 
