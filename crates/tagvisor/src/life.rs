@@ -380,10 +380,9 @@ where
 
     /// The guest cannot go on where it wants to: it is held, in all of its vCPUs, until there is another try.
     fn miss_memory(&mut self, reason: String) {
-        let Some(machine) = self.running() else {
-            return;
-        };
-        machine.hold();
+        if let Some(machine) = self.running() {
+            machine.hold();
+        }
         tracing::error!("the guest is paused, and `tagvisor resume` tries again: {reason}");
         if let Some(info) = &mut self.shared.known().info {
             info.state = VmState::Paused;
