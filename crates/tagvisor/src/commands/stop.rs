@@ -1,5 +1,6 @@
 //! `tagvisor stop`: asks a machine to end, and waits until it is gone.
 
+use std::io::ErrorKind;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -54,17 +55,36 @@ pub fn stop(args: &Args) -> super::Result {
 
 fn stop_within(machine: &Machine, timeout: Duration) -> Result<(), NotStopped> {
     let deadline = Instant::now() + timeout;
-    ask(machine, timeout)?;
+    let cut_off = match ask(machine, timeout) {
+        // It was ending when it was asked.
+        Err(e) if was_cut_off(&e) => Some(e),
+        asked => {
+            asked?;
+            None
+        }
+    };
     while is_there(machine) {
         if Instant::now() >= deadline {
-            return Err(NotStopped::StillThere {
+            let still_there = NotStopped::StillThere {
                 name: machine.name.clone(),
                 seconds: timeout.as_secs(),
-            });
+            };
+            return Err(cut_off.map_or(still_there, NotStopped::Asked));
         }
         thread::sleep(PAUSE);
     }
     Ok(())
+}
+
+fn was_cut_off(error: &Error) -> bool {
+    use ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    match error {
+        Error::Asked {
+            source: client::Error::Io { source, .. },
+            ..
+        } => matches!(source.kind(), BrokenPipe | ConnectionReset | UnexpectedEof),
+        _ => false,
+    }
 }
 
 fn ask(machine: &Machine, timeout: Duration) -> Result<(), Error> {
@@ -93,7 +113,10 @@ fn is_there(machine: &Machine) -> bool {
 #[cfg(test)]
 mod tests {
     use std::fs::{self, File};
+    use std::os::unix::net::UnixListener;
     use std::sync::Arc;
+
+    use rustix::event::{PollFd, PollFlags, poll};
 
     use super::*;
     use crate::api::serve;
@@ -139,6 +162,28 @@ mod tests {
                 thread::sleep(PAUSE);
             }
             drop(server);
+        });
+
+        let stopped = stop_within(&machine, Duration::from_secs(20));
+
+        ending.join().unwrap();
+        assert!(stopped.is_ok(), "{stopped:?}");
+    }
+
+    #[test]
+    fn a_machine_that_was_ending_when_it_was_asked_is_waited_for() {
+        let (runtime, lock, _) = web();
+        let listener = UnixListener::bind(runtime.path().join("web/api.sock")).unwrap();
+        let machine = Machine::find_in(runtime.path(), "web").unwrap();
+        let ending = thread::spawn(move || {
+            let (asked, _) = listener.accept().unwrap();
+            // What was sent is there, so that the sender finds its connection reset.
+            let mut ready = [PollFd::new(&asked, PollFlags::IN)];
+            poll(&mut ready, None).unwrap();
+            drop(asked);
+            drop(listener);
+            thread::sleep(PAUSE);
+            drop(lock);
         });
 
         let stopped = stop_within(&machine, Duration::from_secs(20));
