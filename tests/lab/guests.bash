@@ -83,6 +83,13 @@ wait_for_console_times() {
     done
 }
 
+# ended_as STATUS PID: waits for the end of the process PID, which is to have this status.
+ended_as() {
+    local status=0
+    wait "$2" || status=$?
+    [ $status = "$1" ] || fail "a machine ended with status $status instead of $1"
+}
+
 # add_swap: gives the host swap, in compressed memory. For hosts of a script's own.
 add_swap() {
     modprobe zram
