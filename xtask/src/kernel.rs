@@ -32,6 +32,7 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_rng",
     "vmw_vsock_virtio_transport",
     "zram",
+    "crc32c_generic",
     "ext4",
 ];
 
