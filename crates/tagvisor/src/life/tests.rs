@@ -10,7 +10,7 @@ use engine::{
     Capabilities, Exit, GicLayout, Interrupter, Memslot, Ppi, RegisterId, RegisterList, Spi,
     SystemEvent, TagCopyResult, Vcpu, VcpuFeatures,
 };
-use stream::Compression;
+use stream::{Chunk, Compression, Encoder, Header, State, StreamReader, StreamWriter};
 use tempfile::TempDir;
 use vmm::config::{MemorySize, MteConfig};
 use vmm::console::ConsoleConfig;
@@ -236,6 +236,15 @@ fn trial(resets: usize, asked_while: Moment, endless: bool) -> Trial {
     }
 }
 
+/// Ends a VMM when it is dropped, so that a test that fails ends, too.
+struct Ended<'a>(&'a Life);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.shut_down_vmm();
+    }
+}
+
 impl Trial {
     fn run(&self) -> Ending {
         self.begin(Beginning::Boot(self.config.clone()))
@@ -251,8 +260,9 @@ impl Trial {
         let vmm = &self.hypervisor.story.vmm;
         thread::scope(|scope| {
             let running = scope.spawn(|| self.begin(beginning));
+            let end = Ended(vmm);
             let done = what(vmm);
-            vmm.shut_down_vmm();
+            drop(end);
             assert_eq!(running.join().unwrap(), Ending::Asked);
             done
         })
@@ -498,6 +508,159 @@ fn a_snapshot_takes_the_place_of_an_older_one_and_of_nothing_else() {
         .collect();
     left.sort();
     assert_eq!(left, ["console", "file", "folder", "payload"]);
+}
+
+/// Writes the states of the snapshot `file`, each as `change` makes it or not at all, to the file `changed`, with right checks.
+fn rewrite(life: &Trial, change: impl Fn(&str, u32, &str) -> Option<(u32, String)>) {
+    let whole = snapshot::open(&life.folder.path().join("file"), &[]).unwrap();
+    let header = Header::of_file(whole.metadata(), None).unwrap();
+    let mut encoder = Encoder::new(&header, Compression::None).unwrap();
+    let file = fs::File::create(life.folder.path().join("changed")).unwrap();
+    let mut writer = StreamWriter::new(file, header).unwrap();
+    let mut chunk = Chunk::new();
+    whole
+        .states(|state| {
+            let text = std::str::from_utf8(&state.data).unwrap();
+            if let Some((version, data)) = change(state.name, state.version, text) {
+                let state = State {
+                    name: state.name,
+                    version,
+                    data: data.into_bytes().into(),
+                };
+                encoder.state(&state, &mut chunk)?;
+                writer.write(&chunk)?;
+            }
+            Ok(())
+        })
+        .unwrap();
+    writer.finish().unwrap();
+}
+
+/// Why a machine is not restored whose saved states were changed.
+fn refused_after(change: impl Fn(&str, u32, &str) -> Option<(u32, String)>) -> String {
+    let life = endless();
+    life.meanwhile(life.boot(), |vmm| {
+        vmm.snapshot(life.snapshot_request("file")).unwrap();
+    });
+    rewrite(&life, change);
+    let other = endless();
+    let refusal = other.meanwhile(Beginning::Empty, |vmm| {
+        let refusal = vmm.restore(life.restore_request("changed")).unwrap_err();
+        assert_eq!(vmm.info(), Err(Refusal::NoVm));
+        refusal
+    });
+    assert_eq!((other.vms(), other.runs()), (0, 0));
+    refusal.to_string()
+}
+
+/// What changes the data of the state `wanted` and leaves the others as they are.
+fn changing(
+    wanted: &str,
+    change: impl Fn(&str) -> String,
+) -> impl Fn(&str, u32, &str) -> Option<(u32, String)> {
+    move |name, version, data| {
+        let data = if name == wanted {
+            change(data)
+        } else {
+            data.into()
+        };
+        Some((version, data))
+    }
+}
+
+#[test]
+fn a_machine_of_another_architecture_is_refused_by_its_name() {
+    let refusal = refused_after(changing("platform", |data| {
+        data.replace("aarch64", "riscv64")
+    }));
+    assert!(
+        refusal
+            .ends_with("it is of a machine with architecture riscv64, this Tagvisor has aarch64"),
+        "{refusal}"
+    );
+}
+
+#[test]
+fn a_saved_state_of_another_version_is_refused_by_its_number() {
+    let refusal = refused_after(|name, version, data| {
+        Some((version + u32::from(name == "machine"), data.into()))
+    });
+    assert!(
+        refusal.ends_with("`machine` has version 2, this Tagvisor reads version 1"),
+        "{refusal}"
+    );
+}
+
+#[test]
+fn a_saved_state_that_is_missing_is_named() {
+    let refusal =
+        refused_after(|name, version, data| (name != "disks").then(|| (version, data.into())));
+    assert!(
+        refusal.ends_with("it has no saved state `disks`: it is no snapshot of a machine"),
+        "{refusal}"
+    );
+}
+
+#[test]
+fn a_saved_state_that_says_nothing_is_refused() {
+    let refusal = refused_after(changing("machine", |data| data[..data.len() / 2].into()));
+    assert!(
+        refusal.contains("its saved state `machine` is wrong: EOF while parsing"),
+        "{refusal}"
+    );
+}
+
+#[test]
+fn a_saved_machine_with_other_parts_than_its_configuration_names_is_refused() {
+    let life = endless();
+    life.meanwhile(life.boot(), |vmm| {
+        vmm.snapshot(life.snapshot_request("file")).unwrap();
+    });
+    rewrite(&life, changing("machine", without_vcpus));
+    endless().meanwhile(Beginning::Empty, |vmm| {
+        let refusal = vmm.restore(life.restore_request("changed")).unwrap_err();
+        assert!(
+            refusal.to_string().contains("the saved machine has 0 CPUs"),
+            "{refusal}"
+        );
+        assert_eq!(vmm.info(), Err(Refusal::NoVm));
+    });
+}
+
+fn without_vcpus(machine: &str) -> String {
+    let mut machine: serde_json::Value = serde_json::from_str(machine).unwrap();
+    machine["vcpus"] = serde_json::json!([]);
+    machine.to_string()
+}
+
+#[test]
+fn a_base_that_changed_is_not_taken_for_the_one() {
+    let life = endless();
+    life.meanwhile(life.boot(), |vmm| {
+        vmm.snapshot(life.snapshot_request("whole")).unwrap();
+        let delta = SnapshotRequest {
+            base: Some(life.folder.path().join("whole")),
+            ..life.snapshot_request("delta")
+        };
+        vmm.snapshot(delta).unwrap();
+    });
+    // Sound, with the same identifier, and other contents.
+    let path = life.folder.path().join("whole");
+    let header = StreamReader::new(fs::File::open(&path).unwrap())
+        .unwrap()
+        .header()
+        .clone();
+    let writer = StreamWriter::new(fs::File::create(&path).unwrap(), header).unwrap();
+    writer.finish().unwrap();
+
+    endless().meanwhile(Beginning::Empty, |vmm| {
+        let refusal = vmm.restore(life.restore_request("delta")).unwrap_err();
+        assert!(
+            refusal.to_string().contains("the snapshot's base is"),
+            "{refusal}"
+        );
+        assert_eq!(vmm.info(), Err(Refusal::NoVm));
+    });
 }
 
 #[test]
