@@ -14,6 +14,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::chunk::{Chunk, Decoder, seal_raw};
 use crate::error::{ChunkError, Error, Result};
 use crate::header::Header;
+use crate::runs::Runs;
 use crate::wire::{
     HEAD_LEN, HEADER_LEN, Kind, MAX_INDEX_PART, MAX_INDEXED_CHUNKS, MAX_RUN_LEN, RawIndexed,
     STATE_NAME, put_run, put_varint, take_run, take_varint,
@@ -33,7 +34,7 @@ pub(crate) struct Indexed {
 pub(crate) struct Index {
     pub chunks: Vec<Indexed>,
     /// To the number of the chunk.
-    pub pages: RangeMap<u64, u32>,
+    pub pages: Runs<u32>,
 }
 
 impl Index {
@@ -58,6 +59,8 @@ impl Index {
 #[derive(Debug)]
 pub(crate) struct IndexBuilder {
     index: Index,
+    /// The pages so far: what becomes the index's.
+    pages: RangeMap<u64, u32>,
     delta: bool,
     names: HashSet<Vec<u8>>,
 }
@@ -66,6 +69,7 @@ impl IndexBuilder {
     pub(crate) fn new(header: &Header) -> Self {
         Self {
             index: Index::default(),
+            pages: RangeMap::new(),
             delta: header.base.is_some(),
             names: HashSet::new(),
         }
@@ -82,8 +86,7 @@ impl IndexBuilder {
             Kind::Holes if self.delta => self.insert(chunk.page_runs()?, number),
             Kind::Holes => {
                 let runs = chunk.page_runs()?;
-                runs.into_iter()
-                    .for_each(|run| self.index.pages.remove(run));
+                runs.into_iter().for_each(|run| self.pages.remove(run));
             }
             Kind::State => {
                 let name = chunk.meta().get(STATE_NAME..).unwrap_or_default();
@@ -103,12 +106,15 @@ impl IndexBuilder {
 
     fn insert(&mut self, runs: Vec<Range<u64>>, number: u64) {
         for run in runs {
-            self.index.pages.insert(run, number as u32);
+            self.pages.insert(run, number as u32);
         }
     }
 
     pub(crate) fn finish(self) -> Index {
-        self.index
+        Index {
+            pages: Runs::from(&self.pages),
+            ..self.index
+        }
     }
 }
 
@@ -134,7 +140,7 @@ impl Index {
         let mut end = 0;
         for (run, number) in self.pages.iter() {
             put_run(run, end, &mut data);
-            put_varint((*number).into(), &mut data);
+            put_varint(number.into(), &mut data);
             end = run.end;
             if data.len() + MAX_RUN_LEN + size_of::<u64>() > MAX_INDEX_PART {
                 seal_raw(Kind::IndexPages, &data, seed, &mut chunk);
@@ -184,7 +190,7 @@ impl Index {
 
     fn read_pages(&mut self, mut data: &[u8], delta: bool) -> Result<()> {
         let wrong = Error::Index("its page numbers are damaged");
-        let before = self.pages.last_range_value().map_or(0, |(run, _)| run.end);
+        let before = self.pages.end();
         let mut end = 0;
         while !data.is_empty() {
             let run = take_run(&mut data, end).filter(|run| run.start >= before);
@@ -204,7 +210,7 @@ impl Index {
                 return Err(Error::Index("pages are in a chunk that has none"));
             }
             end = run.end;
-            self.pages.insert(run, number as u32);
+            self.pages.push(run, number as u32);
         }
         Ok(())
     }

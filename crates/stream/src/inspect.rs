@@ -182,8 +182,8 @@ impl Inspection {
             if found != self.claimed {
                 return Err(Error::Index("it is not that of the chunks before it"));
             }
-            let is_pages = |chunk: &u32| found.chunks[*chunk as usize].kind == Kind::Pages;
-            let live = found.pages.iter().filter(|(_, chunk)| is_pages(chunk));
+            let is_pages = |chunk: u32| found.chunks[chunk as usize].kind == Kind::Pages;
+            let live = found.pages.iter().filter(|(_, chunk)| is_pages(*chunk));
             let live: u64 = live.map(|(run, _)| run.end - run.start).sum();
             summary.replaced = summary.pages - live;
         }

@@ -11,6 +11,7 @@ mod index;
 mod inspect;
 mod parallel;
 mod reader;
+mod runs;
 mod snapshot;
 mod source;
 mod wire;

@@ -5,7 +5,7 @@
 //! each chunk, the head its contents: whatever is read later is what was written, or an error.
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -21,6 +21,7 @@ use crate::chunk::{Chunk, Decoder, Place, State};
 use crate::error::{ChunkError, Error, Result, io};
 use crate::header::{Header, Identity, Metadata};
 use crate::index::{Index, Indexed};
+use crate::runs::Runs;
 use crate::source::PageSource;
 use crate::wire::{END_LEN, HEAD_LEN, HEADER_LEN, Head, Kind, RawEnd};
 
@@ -88,7 +89,7 @@ struct Layer<F> {
 
 impl<F: ReadAt> Layer<F> {
     /// Opens a file, and says which chunk has which pages.
-    fn open(file: F) -> Result<(Self, RangeMap<u64, u32>)> {
+    fn open(file: F) -> Result<(Self, Runs<u32>)> {
         let size = file.size().map_err(io("measure the snapshot"))?;
         let mut bytes = [0; HEADER_LEN];
         read_at(&file, &mut bytes, 0).map_err(|error| match error {
@@ -123,17 +124,17 @@ impl<F: ReadAt> Layer<F> {
     }
 
     /// Holes are not read again: that they are what the index says must be found out now.
-    fn check_holes(&self, pages: &RangeMap<u64, u32>, chunk: &mut Chunk) -> Result<()> {
+    fn check_holes(&self, pages: &Runs<u32>, chunk: &mut Chunk) -> Result<()> {
         let mut decoder = self.decoder();
         let mut holes: HashMap<u32, RangeSet<u64>> = HashMap::new();
         for (run, number) in pages.iter() {
-            if self.chunks[*number as usize].kind != Kind::Holes {
+            if self.chunks[number as usize].kind != Kind::Holes {
                 continue;
             }
-            let holes = match holes.entry(*number) {
+            let holes = match holes.entry(number) {
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(unknown) => {
-                    self.read_indexed(*number, chunk)?;
+                    self.read_indexed(number, chunk)?;
                     unknown.insert(decoder.holes(chunk)?.into_iter().collect())
                 }
             };
@@ -240,6 +241,46 @@ impl<F: ReadAt> Layer<F> {
     }
 }
 
+/// Where a file has its pages, which has no base: then all its runs are of pages.
+fn located(layer: u16, runs: &Runs<u32>) -> Runs<Location> {
+    let mut pages = Runs::default();
+    for (run, chunk) in runs.iter() {
+        pages.push(run.clone(), Location { layer, chunk });
+    }
+    pages
+}
+
+/// Where files that stand on each other have their pages; the lowest base comes first.
+fn overlaid<F>(layers: &[(Layer<F>, Runs<u32>)]) -> RangeMap<u64, Location> {
+    let mut pages = RangeMap::new();
+    for (number, (layer, runs)) in (0..).zip(layers) {
+        for (run, chunk) in runs.iter() {
+            if layer.chunks[chunk as usize].kind == Kind::Holes {
+                pages.remove(run.clone());
+            } else {
+                let layer = number;
+                pages.insert(run.clone(), Location { layer, chunk });
+            }
+        }
+    }
+    pages
+}
+
+/// How many pages each chunk has, in the order of chunks.
+fn live(pages: &Runs<Location>) -> Vec<(Location, u64)> {
+    let of_run = |(run, chunk): (&Range<u64>, Location)| (chunk, run.end - run.start);
+    let mut live: Vec<_> = pages.iter().map(of_run).collect();
+    live.sort_unstable_by_key(|(chunk, _)| *chunk);
+    live.dedup_by(|(next, pages), (chunk, sum)| {
+        let same = next == chunk;
+        if same {
+            *sum += *pages;
+        }
+        same
+    });
+    live
+}
+
 fn read_at(file: &impl ReadAt, bytes: &mut [u8], offset: u64) -> Result<()> {
     file.read_exact_at(bytes, offset)
         .map_err(|error| match error.kind() {
@@ -262,9 +303,9 @@ pub struct Location {
 pub struct Snapshot<F> {
     /// The lowest base first.
     layers: Vec<Layer<F>>,
-    pages: RangeMap<u64, Location>,
-    /// How many pages each chunk has that no later one replaced.
-    live: BTreeMap<Location, u64>,
+    pages: Runs<Location>,
+    /// How many pages each chunk has that no later one replaced, in the order of files and chunks.
+    live: Vec<(Location, u64)>,
 }
 
 impl<F: ReadAt> Snapshot<F> {
@@ -308,29 +349,14 @@ impl<F: ReadAt> Snapshot<F> {
         Self::open(file, |_| Ok(None))
     }
 
-    fn compose(layers: Vec<(Layer<F>, RangeMap<u64, u32>)>) -> Self {
-        let mut pages = RangeMap::new();
-        let mut files = Vec::with_capacity(layers.len());
-        for (number, (layer, runs)) in layers.into_iter().enumerate() {
-            for (run, chunk) in runs {
-                if layer.chunks[chunk as usize].kind == Kind::Holes {
-                    pages.remove(run);
-                } else {
-                    let location = Location {
-                        layer: number as u16,
-                        chunk,
-                    };
-                    pages.insert(run, location);
-                }
-            }
-            files.push(layer);
-        }
-        let mut live = BTreeMap::new();
-        for (run, location) in pages.iter() {
-            *live.entry(*location).or_default() += run.end - run.start;
-        }
+    fn compose(layers: Vec<(Layer<F>, Runs<u32>)>) -> Self {
+        let pages = match layers.as_slice() {
+            [(_, runs)] => located(0, runs),
+            layers => Runs::from(&overlaid(layers)),
+        };
+        let live = live(&pages);
         Self {
-            layers: files,
+            layers: layers.into_iter().map(|(layer, _)| layer).collect(),
             pages,
             live,
         }
@@ -357,22 +383,27 @@ impl<F: ReadAt> Snapshot<F> {
 
     /// The chunk with this page; none, if the page is not populated.
     pub fn find(&self, page: u64) -> Option<Location> {
-        self.pages.get(&page).copied()
+        self.pages.get(page)
     }
 
     /// The pages that are populated, as runs in order; a run may be cut into several.
     pub fn populated(&self) -> impl Iterator<Item = Range<u64>> {
-        self.pages.iter().map(|(run, _)| run.clone())
+        self.located().map(|(run, _)| run)
+    }
+
+    /// The same, each run with the chunk that it is in.
+    pub fn located(&self) -> impl Iterator<Item = (Range<u64>, Location)> {
+        self.pages.iter().map(|(run, chunk)| (run.clone(), chunk))
     }
 
     /// How many pages are populated.
     pub fn pages(&self) -> u64 {
-        self.live.values().sum()
+        self.live.iter().map(|(_, pages)| pages).sum()
     }
 
     /// All chunks that have pages of this snapshot, in the order of files and chunks.
     pub fn chunks(&self) -> impl Iterator<Item = Location> {
-        self.live.keys().copied()
+        self.live.iter().map(|(chunk, _)| *chunk)
     }
 
     /// The saved states of the file itself, in the order in which they were written.
@@ -450,17 +481,14 @@ impl<F: ReadAt> SnapshotReader<'_, F> {
     /// [`Error::ForeignChunk`] if the location is one of another snapshot and this one has none
     /// there.
     pub fn read(&mut self, location: Location) -> Result<&Batch> {
-        let expected = *self
-            .snapshot
-            .live
-            .get(&location)
-            .ok_or(Error::ForeignChunk)?;
+        let live = &self.snapshot.live;
+        let place = live.binary_search_by_key(&location, |(chunk, _)| *chunk);
+        let (_, expected) = live[place.map_err(|_| Error::ForeignChunk)?];
         let layer = usize::from(location.layer);
         self.snapshot.layers[layer].read_indexed(location.chunk, &mut self.chunk)?;
         self.decoders[layer].pages(&self.chunk, &mut self.batch)?;
         let pages = &self.snapshot.pages;
-        self.batch
-            .retain(|page| pages.get(&page) == Some(&location));
+        self.batch.retain(|page| pages.get(page) == Some(location));
         if self.batch.len() as u64 != expected {
             self.batch.clear();
             return Err(Error::Index("a chunk has not the pages that it names"));

@@ -209,7 +209,7 @@ pub enum Beginning {
     /// With a machine that boots; it ends with its guest.
     Boot(MachineConfig),
     /// With a machine from a snapshot; it ends with its guest.
-    Restore(Restoration),
+    Restore(Box<Restoration>),
     /// With a machine that shares its memory with others; it ends with its guest.
     Clone(Cloning),
 }
@@ -224,12 +224,36 @@ pub struct Cloning {
     pub paused: bool,
 }
 
-/// A machine to be restored, and in what it is to differ from what it was.
+/// A machine to be restored.
 pub struct Restoration {
     /// From what.
-    pub request: RestoreRequest,
-    /// What to do with the configuration that was saved.
-    pub change: Box<dyn FnOnce(&mut MachineConfig) + Send>,
+    request: RestoreRequest,
+    snapshot: Snapshot<File>,
+    /// What was saved. Its configuration may be changed before.
+    pub saved: SavedMachine,
+}
+
+impl Restoration {
+    /// Opens the snapshot.
+    ///
+    /// # Errors
+    /// The file is none that a machine could be restored from.
+    pub fn open(request: RestoreRequest) -> Result<Self, RestoreError> {
+        let opened = snapshot::open(&request.file, &request.bases)
+            .map_err(snapshot::ReadError::from)
+            .and_then(|snapshot| Ok((SavedMachine::read(&snapshot)?, snapshot)));
+        match opened {
+            Ok((saved, snapshot)) => Ok(Self {
+                request,
+                snapshot,
+                saved,
+            }),
+            Err(source) => Err(RestoreError::Snapshot {
+                file: request.file,
+                source,
+            }),
+        }
+    }
 }
 
 /// The machine that a VMM has.
@@ -306,7 +330,7 @@ impl Orders {
                 vmm.create(config);
                 vmm.boot()?;
             }
-            Beginning::Restore(restoration) => vmm.restore(restoration)?,
+            Beginning::Restore(restoration) => vmm.restore(*restoration)?,
             Beginning::Clone(cloning) => vmm.clone_machine(&cloning)?,
         }
         loop {
@@ -364,13 +388,10 @@ where
                 let _ = answer.send(self.snapshot(&request));
             }
             Order::Restore(request, answer) => {
-                let restoration = Restoration {
-                    request,
-                    change: Box::new(|_| ()),
-                };
                 let restored = self
                     .may_create()
-                    .and_then(|()| failed(self.restore(restoration)));
+                    .and_then(|()| failed(Restoration::open(request)))
+                    .and_then(|restoration| failed(self.restore(restoration)));
                 let _ = answer.send(restored);
             }
             Order::MemoryMissing(reason) => self.miss_memory(reason),
@@ -673,16 +694,17 @@ where
 
     /// Takes up a machine from a snapshot. If it cannot, there is no machine.
     fn restore(&mut self, restoration: Restoration) -> Result<(), RestoreError> {
-        let Restoration { request, change } = restoration;
-        let error = |source| RestoreError::Snapshot {
-            file: request.file.clone(),
-            source,
-        };
-        let snapshot =
-            snapshot::open(&request.file, &request.bases).map_err(|source| error(source.into()))?;
-        let mut saved = SavedMachine::read(&snapshot).map_err(error)?;
-        change(&mut saved.config);
-        saved.check_disks().map_err(error)?;
+        let Restoration {
+            request,
+            snapshot,
+            saved,
+        } = restoration;
+        saved
+            .check_disks()
+            .map_err(|source| RestoreError::Snapshot {
+                file: request.file.clone(),
+                source,
+            })?;
         self.create(saved.config.clone());
         let restored = self.move_in_restored(snapshot, &saved, &request);
         if restored.is_err() {

@@ -5,7 +5,6 @@ use std::process::ExitCode;
 
 use clap::Args as ClapArgs;
 use vmm::console::ConsoleConfig;
-use vmm::machine::snapshot::{self, SavedMachine};
 
 use crate::control::RestoreRequest;
 use crate::life::{Beginning, Restoration};
@@ -43,34 +42,23 @@ pub struct Args {
 /// # Errors
 /// It cannot be restored, or cannot go on.
 pub fn restore(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let name = match args.name {
-        Some(name) => Some(name),
-        None => saved_name(&args)?,
-    };
-    let restored_name = name.clone();
-    let console = args.console;
-    let restoration = Restoration {
-        request: RestoreRequest {
-            file: std::path::absolute(&args.file)?,
-            bases: args.bases,
-            lazy: args.lazy,
-            paused: args.paused,
-        },
-        change: Box::new(move |config| {
-            config.name = restored_name;
-            if let Some(console) = console {
-                config.console = console;
-            }
-        }),
-    };
-    until_its_end(&args.kvm, name.as_deref(), Beginning::Restore(restoration))
-}
-
-/// The name that the machine had. It is taken before anything else is done, so it is read on its own.
-fn saved_name(args: &Args) -> Result<Option<String>, Box<dyn std::error::Error>> {
-    let saved = snapshot::open(&args.file, &args.bases)
-        .map_err(snapshot::ReadError::from)
-        .and_then(|snapshot| SavedMachine::read(&snapshot))
-        .map_err(|e| format!("snapshot {}: {e}", args.file.display()))?;
-    Ok(saved.config.name)
+    let mut restoration = Restoration::open(RestoreRequest {
+        file: std::path::absolute(&args.file)?,
+        bases: args.bases,
+        lazy: args.lazy,
+        paused: args.paused,
+    })?;
+    let config = &mut restoration.saved.config;
+    if args.name.is_some() {
+        config.name = args.name;
+    }
+    if let Some(console) = args.console {
+        config.console = console;
+    }
+    let name = config.name.clone();
+    until_its_end(
+        &args.kvm,
+        name.as_deref(),
+        Beginning::Restore(Box::new(restoration)),
+    )
 }

@@ -39,7 +39,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 
-use rangemap::{RangeMap, RangeSet};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use stream::Metadata;
@@ -515,31 +514,38 @@ fn check_untouched(memory: &GuestMemory) -> Result<(), Error> {
 fn plan(source: &impl PageProvider, size: u64) -> Result<Plan, Error> {
     let ram = RAM_START / PAGE_SIZE..(RAM_START + size) / PAGE_SIZE;
     let block = block_size(size);
+    let runs = source.runs().filter(|(run, _)| !run.is_empty());
     let mut plan = Plan {
-        chunk_of: RangeMap::new(),
+        runs: runs.collect(),
         sizes: Vec::new(),
         ranges: Vec::new(),
     };
-    let mut blocks = RangeSet::new();
-    for (run, chunk) in source.runs().filter(|(run, _)| !run.is_empty()) {
+    // The guest waits for this. They mostly come in order, which then costs next to nothing, other than maps of ranges do.
+    plan.runs.sort_by_key(|(run, _)| run.start);
+    let mut next = 0;
+    for (run, chunk) in &plan.runs {
         let (first, last) = (run.start, run.end - 1);
         if first < ram.start || ram.end <= last {
             let size = size >> 20;
             return Err(Error::OutOfRange { first, last, size });
         }
-        if plan.chunk_of.overlaps(&run) {
+        if first < next {
             return Err(Error::Twice { first, last });
         }
+        next = run.end;
         let bytes = (first - ram.start) * PAGE_SIZE..(run.end - ram.start) * PAGE_SIZE;
         let start = bytes.start - bytes.start % block;
-        blocks.insert(start..bytes.end.next_multiple_of(block).min(size));
-        if plan.sizes.len() <= chunk as usize {
-            plan.sizes.resize(chunk as usize + 1, 0);
+        let end = bytes.end.next_multiple_of(block).min(size);
+        match plan.ranges.last_mut() {
+            Some(last) if start <= last.end => last.end = end,
+            _ => plan.ranges.push(start..end),
         }
-        plan.sizes[chunk as usize] += run.end - run.start;
-        plan.chunk_of.insert(run, chunk);
+        let chunk = *chunk as usize;
+        if plan.sizes.len() <= chunk {
+            plan.sizes.resize(chunk + 1, 0);
+        }
+        plan.sizes[chunk] += run.end - run.start;
     }
-    plan.ranges = blocks.into_iter().collect();
     Ok(plan)
 }
 

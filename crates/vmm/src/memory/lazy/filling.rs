@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rangemap::RangeMap;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -29,11 +28,21 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// The pages of a memory by number, and the chunks that bring them.
 pub(super) struct Plan {
-    pub chunk_of: RangeMap<u64, u32>,
+    /// In order.
+    pub runs: Vec<(Range<u64>, u32)>,
     /// How many pages each chunk has.
     pub sizes: Vec<u64>,
     /// The ranges, as offsets into RAM, in which all pages are; holes besides.
     pub ranges: Vec<Range<u64>>,
+}
+
+impl Plan {
+    /// The chunk that brings a page.
+    fn chunk_of(&self, page: u64) -> Option<u32> {
+        let behind = self.runs.partition_point(|(run, _)| run.start <= page);
+        let (run, chunk) = self.runs.get(behind.checked_sub(1)?)?;
+        run.contains(&page).then_some(*chunk)
+    }
 }
 
 pub(super) struct Filling {
@@ -91,8 +100,8 @@ impl Filling {
             page,
             since: Instant::now(),
         };
-        let fault = match self.plan.chunk_of.get(&page) {
-            Some(chunk) => self.lock().fault(*chunk, waiter),
+        let fault = match self.plan.chunk_of(page) {
+            Some(chunk) => self.lock().fault(chunk, waiter),
             None => Fault::Show,
         };
         match fault {
@@ -194,8 +203,8 @@ impl Filling {
                 Ok(chunk)
             }
             Work::Show(chunk) => {
-                let runs = self.plan.chunk_of.iter();
-                self.show_all(runs.filter(|run| *run.1 == chunk).map(|run| run.0.clone()))
+                let runs = self.plan.runs.iter();
+                self.show_all(runs.filter(|run| run.1 == chunk).map(|run| run.0.clone()))
                     .map_err(|failure| (work, failure))?;
                 Ok(chunk)
             }
@@ -214,7 +223,7 @@ impl Filling {
     /// A chunk has its own pages, all of them and no others.
     fn check(&self, chunk: u32, batch: &Batch) -> Result<(), Failure> {
         let expected = self.plan.sizes[chunk as usize];
-        let own = |page: &u64| self.plan.chunk_of.get(page) == Some(&chunk);
+        let own = |page: &u64| self.plan.chunk_of(*page) == Some(chunk);
         let right = batch.len() as u64 == expected && batch.numbers().iter().all(own);
         if !right || batch.metadata().has_tags() != self.tags.is_some() {
             return Err(Failure::OtherPages { chunk });

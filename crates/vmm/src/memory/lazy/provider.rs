@@ -57,8 +57,7 @@ impl<F: ReadAt + 'static> PageProvider for SnapshotPages<F> {
     }
 
     fn runs(&self) -> impl Iterator<Item = (Range<u64>, u32)> {
-        self.snapshot.populated().filter_map(|run| {
-            let location = self.snapshot.find(run.start)?;
+        self.snapshot.located().filter_map(|(run, location)| {
             let chunk = self.chunks.binary_search(&location).ok()?;
             Some((run, chunk as u32))
         })
