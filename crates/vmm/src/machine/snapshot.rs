@@ -605,10 +605,11 @@ where
             source,
         })?;
         if log.is_some() {
-            drop(log);
             self.resume()?;
         }
         let blackout = stopped.elapsed();
+        // Not before: the host takes milliseconds for it.
+        drop(log);
 
         let states = self.states(&state, options.config, &disks);
         Ok((writing.end(&held, states)?, blackout))
