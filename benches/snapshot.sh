@@ -6,6 +6,7 @@ set -euo pipefail
 kernel=/lab/kernels/trixie/Image
 initrd=/lab/kernels/trixie/initrd.cpio
 missed=0
+declare -A vmms
 
 median() {
     tr ' ' '\n' <<< "$*" | sort -n | sed -n "$((($# + 1) / 2))p"
@@ -52,6 +53,7 @@ linux() {
     shift
     tagvisor run --name "$name" --kernel $kernel --initrd $initrd --console "file=$name.console" --no-reboot \
         --cmdline 'console=ttyS0 quiet -- echo idle; sleep 100000' "$@" < /dev/null 2> "$name.errors" &
+    vmms[$name]=$!
     until_console "$name.console" idle
 }
 
@@ -62,6 +64,7 @@ filled() {
     shift 4
     tagvisor run --name "$name" --flat /lab/bin/fill.bin --console "file=$name.console" --memory "$memory" --no-reboot \
         --cmdline "size=$size tags=$tags" "$@" < /dev/null 2> "$name.errors" &
+    vmms[$name]=$!
     until_console "$name.console" ' pages'
 }
 
@@ -69,10 +72,10 @@ filled() {
 end() {
     local name
     for name in "$@"; do
-        tagvisor kill "$name" > /dev/null
+        kill "${vmms[$name]}"
+        # Its status says that it was ended.
+        wait "${vmms[$name]}" || true
     done
-    # The shell would tell of each that was killed.
-    wait 2> /dev/null
     rm -f ./*.console ./*.errors
 }
 
@@ -178,7 +181,8 @@ blackout() {
     echo "  Tagvisor, MTE         median $(ms "$(median "${own[@]}")") ms   ($(ms "${own[@]}"))"
     echo "  QEMU, without MTE     median $(ms "$(median "${qemu[@]}")") ms   ($(ms "${qemu[@]}"))   migrate file:, $(qemu-system-aarch64 --version | head -n 1)"
     goal 'blackout' "$(ratio "$(median "${own[@]}")" "$(median "${qemu[@]}")")" 0.500
-    qmp '{"execute": "quit"}' > /dev/null || true
+    qmp '{"execute": "quit"}' > /dev/null
+    exec 5>&- 6<&-
     end idle
     rm idle.snapshot
 }
@@ -271,7 +275,6 @@ clones() {
         own+=("$(own_kib "$pid")")
         written=$((written + $(written_kib "$pid")))
     done < clones
-    while read -r name pid; do cat "/proc/$pid/smaps" > /tmp/clone.smaps; done < clones
     echo "  a clone's guest has written $((written / 16)) KiB in 10 s"
     goal 'KiB of a clone beside that, its own pages' "$(median "${own[@]}")" 6144
     goal "KiB less in the host for each, the kernel's with it" $(((before - after - written) / 16)) 6144
@@ -279,7 +282,6 @@ clones() {
 }
 
 cd "$(mktemp -d)"
-if [ -n "${SECTION:-}" ]; then $SECTION; exit; fi
 idle_linux_with_tags_and_without
 heap_of_random_tags
 blackout
