@@ -15,7 +15,7 @@ endless() {
 # ended STATUS: $machine ends with it. If it does not, what its threads wait for is of more use than the test's limit.
 ended() {
     local status=0 deadline=$((SECONDS + 120))
-    while kill -0 $machine 2> /dev/null && [ "$(cut -d ' ' -f 3 /proc/$machine/stat)" != Z ]; do
+    while kill -0 $machine 2> /dev/null && [ "$(cut -d ' ' -f 3 /proc/$machine/stat 2> /dev/null)" != Z ]; do
         [ $SECONDS -lt $deadline ] || fail "it does not end: $(head -v -n 20 /proc/$machine/task/*/{comm,wchan,stack})"
         sleep 0.1
     done
@@ -65,8 +65,9 @@ import os, pty, signal, subprocess, sys, termios
 user, terminal = pty.openpty()
 before = termios.tcgetattr(terminal)
 vmm = subprocess.Popen(sys.argv[1:], stdin=terminal, stdout=terminal, stderr=terminal)
-while b"~ #" not in os.read(user, 4096):
-    pass
+seen = b""
+while b"~ #" not in seen:
+    seen += os.read(user, 4096)
 assert termios.tcgetattr(terminal) != before, "the terminal is not in raw mode"
 vmm.send_signal(signal.SIGBUS)
 assert vmm.wait() == -signal.SIGBUS, vmm.returncode

@@ -660,7 +660,8 @@ where
         }
         self.settle()?;
         let config = match &self.tenant {
-            Some(tenant) => tenant.config.clone(),
+            // Whoever restores it may stand elsewhere.
+            Some(tenant) => failed(tenant.config.clone().with_absolute_paths())?,
             None => return Err(Refusal::NoVm),
         };
         let machine = self.machine_in(state, "saved")?;

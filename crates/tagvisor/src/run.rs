@@ -151,7 +151,7 @@ fn replace<T>(value: &mut T, given: Option<T>) {
 /// It cannot be started, or cannot go on.
 pub fn run(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let kvm = args.kvm.clone();
-    let config = args.machine()?.with_absolute_paths()?;
+    let config = args.machine()?;
     let name = config.name.clone();
     until_its_end(&kvm, name.as_deref(), Beginning::Boot(config))
 }
