@@ -4,4 +4,4 @@
 . "$(dirname "$0")/guests.bash"
 
 add_swap
-lab-tests --test-threads 1 clone
+lab-tests --test-threads 1 clones::
