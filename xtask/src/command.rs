@@ -56,10 +56,26 @@ pub fn wait(child: &mut Child) -> Result<std::process::ExitStatus> {
 /// Asks `child` and all it has started to end, and waits until it has, so that it can remove what
 /// it made. All of them, because mmdebstrap waits for those it has started.
 fn terminate(child: &mut Child) {
-    let refused: Vec<String> = with_descendants(child.id())
-        .into_iter()
-        .filter(|pid| signal(*pid) == Err(Errno::PERM))
-        .map(|pid| pid.to_string())
+    for _ in 0..10 {
+        // More than once: a shell's child that has not become its program yet loses the signal
+        // in the shell's handler.
+        ask_to_end(&with_descendants(child.id()));
+        for _ in 0..40 {
+            if matches!(child.try_wait(), Ok(Some(_))) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(25));
+        }
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+fn ask_to_end(processes: &[u32]) {
+    let refused: Vec<String> = processes
+        .iter()
+        .filter(|pid| signal(**pid) == Err(Errno::PERM))
+        .map(ToString::to_string)
         .collect();
     if !refused.is_empty() {
         // They run by sudo, which can end them too. They may have ended in the meantime.
@@ -68,14 +84,6 @@ fn terminate(child: &mut Child) {
             .args(refused)
             .status();
     }
-    for _ in 0..400 {
-        if matches!(child.try_wait(), Ok(Some(_))) {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(25));
-    }
-    let _ = child.kill();
-    let _ = child.wait();
 }
 
 fn signal(pid: u32) -> std::result::Result<(), Errno> {
@@ -136,6 +144,8 @@ pub fn collect<R: Read + Send + 'static>(stream: Option<R>) -> std::thread::Join
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
     use super::*;
 
     #[test]
@@ -166,6 +176,26 @@ mod tests {
         terminate(&mut child);
 
         assert_eq!(child.wait().unwrap().code(), Some(7));
+    }
+
+    #[test]
+    fn a_program_that_misses_the_first_request_ends_by_the_next() {
+        let script = "trap 'trap - TERM' TERM; echo ready; while :; do sleep 0.01; done";
+        let mut child = Command::new("sh")
+            .args(["-c", script])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child
+            .stdout
+            .take()
+            .unwrap()
+            .read_exact(&mut [0; 6])
+            .unwrap();
+
+        terminate(&mut child);
+
+        assert_eq!(child.wait().unwrap().signal(), Some(Signal::TERM.as_raw()));
     }
 
     #[test]
