@@ -71,7 +71,7 @@ sha256sum --quiet -c image.sum
 "${run[@]}" --name original --console "file=$OUT/original.console" < /dev/null &
 machine=$!
 wait_for_console original ' 0 differences' $machine
-tagvisor clone original --count 2 --detach --console "file=$OUT/of-original-%i.console" > clones
+tagvisor clone original --count 2 --detach --console "file=$OUT/of-original-%i.console" | cat > clones # cat ends with the command, not with the clones
 while read -r name pid; do
     wait_for_console "of-${name}" 'guest: is a clone' "$pid"
     wait_for_console_times "of-${name}" ' 0 differences' 2 "$pid"

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -281,6 +281,10 @@ fn start(
         .arg(&args.kvm);
     if args.paused {
         command.arg("--paused");
+    }
+    if args.detach {
+        // Whoever reads what this program says does not wait for the end of its clones.
+        command.stdin(Stdio::null()).stdout(Stdio::null());
     }
     Ok(command.spawn()?)
 }
