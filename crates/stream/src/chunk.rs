@@ -30,6 +30,7 @@ pub struct Chunk {
     /// Of the stream it belongs to.
     pub(crate) seed: u64,
     pub(crate) place: Place,
+    tag_bytes: usize,
 }
 
 /// Where a chunk was read: for errors.
@@ -76,6 +77,7 @@ impl Chunk {
                 number: 0,
                 offset: 0,
             },
+            tag_bytes: 0,
         }
     }
 
@@ -92,6 +94,12 @@ impl Chunk {
             Kind::Pages => self.head.count,
             _ => 0,
         }
+    }
+
+    /// How many of its bytes are tags; 0 of a chunk that was read.
+    #[must_use]
+    pub const fn tag_bytes(&self) -> usize {
+        self.tag_bytes
     }
 
     /// Its bytes in the stream.
@@ -230,7 +238,9 @@ impl Encoder {
             let tags = tags.map_or([].as_slice(), |tags| tags.as_packed());
             self.check.add(number, (!zero).then_some(data), tags);
         }
+        let before_tags = bytes.len();
         put_tags(batch.tags(), bytes);
+        let tag_bytes = bytes.len() - before_tags;
         let data = if zeros {
             self.gathered.clear();
             let data = batch.data().iter().filter(|data| **data != ZERO_PAGE);
@@ -246,6 +256,7 @@ impl Encoder {
             data,
         };
         finish(chunk, &content, self.seed, &mut self.compressor);
+        chunk.tag_bytes = tag_bytes;
         Ok(())
     }
 

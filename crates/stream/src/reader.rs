@@ -71,14 +71,23 @@ impl<R: Read> StreamReader<R> {
     /// [`Error::Truncated`], [`Error::Chunk`], [`Error::EndMismatch`], [`Error::Io`]. The chunk is then
     /// empty, and the stream of no more use.
     pub fn read(&mut self, chunk: &mut Chunk) -> Result<bool> {
+        self.read_only(chunk, |_| true)
+    }
+
+    /// Reads the next chunk, which must be the end or of a kind that `wanted` accepts. The body of another one is not
+    /// read: a peer that is not trusted yet costs no more memory than what it may send.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`]; [`ChunkError::Unexpected`] for a kind that is not wanted.
+    pub fn read_only(&mut self, chunk: &mut Chunk, wanted: impl Fn(Kind) -> bool) -> Result<bool> {
         if self.end.is_some() {
             return Ok(false);
         }
-        self.read_chunk(chunk)
+        self.read_chunk(chunk, wanted)
             .inspect_err(|_| *chunk = Chunk::new())
     }
 
-    fn read_chunk(&mut self, chunk: &mut Chunk) -> Result<bool> {
+    fn read_chunk(&mut self, chunk: &mut Chunk, wanted: impl Fn(Kind) -> bool) -> Result<bool> {
         chunk.place = Place {
             number: self.progress.chunks,
             offset: self.progress.bytes,
@@ -89,6 +98,9 @@ impl<R: Read> StreamReader<R> {
         self.whole(read, 0)?;
         chunk.head = Head::parse(&head, self.seed).map_err(|problem| chunk.place.fault(problem))?;
         self.expect(chunk)?;
+        if chunk.kind() != Kind::End && !wanted(chunk.kind()) {
+            return Err(chunk.place.fault(ChunkError::Unexpected(chunk.kind())));
+        }
         chunk.bytes.clear();
         chunk.bytes.extend_from_slice(&head);
         let len = chunk.head.body_len();

@@ -1,0 +1,23 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod arrival;
+mod convergence;
+mod departure;
+mod error;
+pub mod handover;
+mod link;
+mod message;
+mod peer;
+mod progress;
+
+pub use arrival::{Arriving, Decider, Fill, Happening, Held, Receiver, Verdict};
+pub use convergence::{Convergence, Next, Otherwise, Round};
+pub use departure::{
+    Away, Departing, Departure, Options, PostCopy, Report, depart, tell_that_it_was_kept,
+};
+pub use error::{Error, MachineError, Result};
+pub use link::{Closer, Dial, Listen, Pending, SavedState, Wire};
+pub use message::{MAX_LINKS, PROTOCOL, Session};
+pub use peer::Peer;
+pub use progress::{Figures, Progress};

@@ -1,0 +1,575 @@
+//! Two sides in one process: guests that are memory and nothing else, and a network that breaks where it is told to.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::mpsc::{self, Receiver as Queue, Sender};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use migration::{
+    Arriving, Closer, Departing, Dial, Fill, Listen, MachineError, Peer, Pending, SavedState, Wire,
+};
+use mte::{Tag, TagPage};
+use stream::{Batch, Metadata, PAGE_SIZE, Page, PageSet, PageSink, PageSource};
+
+/// The first page of RAM.
+pub const FIRST: u64 = 0x40000;
+/// Pages of RAM.
+pub const PAGES: u64 = 512;
+pub const RAM: Range<u64> = FIRST..FIRST + PAGES;
+
+#[derive(Clone, PartialEq, Eq)]
+pub struct Content {
+    pub data: Page,
+    pub tags: TagPage,
+}
+
+/// Memory: what was never populated is not there.
+pub struct Memory {
+    pages: Mutex<Vec<Option<Box<Content>>>>,
+    dirty: Mutex<PageSet>,
+}
+
+impl Memory {
+    pub fn empty() -> Arc<Self> {
+        Arc::new(Self {
+            pages: Mutex::new(vec![None; PAGES as usize]),
+            dirty: Mutex::new(PageSet::none(RAM)),
+        })
+    }
+
+    /// Every second page is there; each differs in data and tags.
+    pub fn filled() -> Arc<Self> {
+        let memory = Self::empty();
+        for page in RAM.step_by(2) {
+            memory.write(page, page);
+        }
+        memory
+    }
+
+    pub fn write(&self, page: u64, value: u64) {
+        let mut data = [0; PAGE_SIZE];
+        // Some pages have tags and no data.
+        if value % 5 != 0 {
+            data.chunks_exact_mut(8)
+                .for_each(|word| word.copy_from_slice(&value.to_le_bytes()));
+        }
+        let tags = TagPage::filled(Tag::from_low_bits(value as u8));
+        self.pages.lock().unwrap()[(page - FIRST) as usize] =
+            Some(Box::new(Content { data, tags }));
+        self.dirty.lock().unwrap().insert(page..page + 1);
+    }
+
+    pub fn contents(&self) -> Vec<Option<Box<Content>>> {
+        self.pages.lock().unwrap().clone()
+    }
+
+    fn take_dirty(&self) -> PageSet {
+        std::mem::replace(&mut *self.dirty.lock().unwrap(), PageSet::none(RAM))
+    }
+}
+
+impl PageSource for Memory {
+    fn metadata(&self) -> Metadata {
+        Metadata::ArmMte
+    }
+
+    fn next_run(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        let pages = self.pages.lock().unwrap();
+        let there = |page: &u64| pages[(*page - FIRST) as usize].is_some();
+        Ok((from.max(FIRST)..RAM.end)
+            .find(there)
+            .map(|page| page..page + 1))
+    }
+
+    fn read(&self, first: u64, data: &mut [Page], tags: &mut [TagPage]) -> io::Result<()> {
+        let pages = self.pages.lock().unwrap();
+        for (i, (data, tags)) in data.iter_mut().zip(tags).enumerate() {
+            let content = &pages[(first - FIRST) as usize + i];
+            (*data, *tags) = content
+                .as_ref()
+                .map_or(([0; PAGE_SIZE], TagPage::ZERO), |content| {
+                    (content.data, content.tags.clone())
+                });
+        }
+        Ok(())
+    }
+}
+
+/// Memory that refuses pages after so many.
+pub struct Sink {
+    pub memory: Arc<Memory>,
+    room: AtomicU64,
+}
+
+impl PageSink for Sink {
+    fn metadata(&self) -> Metadata {
+        Metadata::ArmMte
+    }
+
+    fn place(&self, batch: &Batch) -> io::Result<()> {
+        for (page, data, tags) in batch.iter() {
+            if !RAM.contains(&page) {
+                return Err(io::Error::other("that is no memory"));
+            }
+            if self.room.fetch_sub(1, SeqCst) == 0 {
+                return Err(io::Error::other("there is no memory left"));
+            }
+            let content = Content {
+                data: *data,
+                tags: tags.unwrap().clone(),
+            };
+            self.memory.pages.lock().unwrap()[(page - FIRST) as usize] = Some(Box::new(content));
+        }
+        Ok(())
+    }
+
+    fn discard(&self, _: Range<u64>) -> io::Result<()> {
+        panic!("migrations discard nothing")
+    }
+}
+
+/// A guest that leaves. While it runs it writes data and tags.
+pub struct Leaver {
+    pub memory: Arc<Memory>,
+    pub runs: Arc<AtomicBool>,
+    writer: Option<thread::JoinHandle<()>>,
+    /// Pages written in a millisecond.
+    busy: u64,
+    pub slowed: u8,
+}
+
+impl Leaver {
+    pub fn new(busy: u64) -> Self {
+        let mut this = Self {
+            memory: Memory::filled(),
+            runs: Arc::new(AtomicBool::new(false)),
+            writer: None,
+            busy,
+            slowed: 0,
+        };
+        this.run();
+        this
+    }
+
+    fn run(&mut self) {
+        self.runs.store(true, SeqCst);
+        let (memory, runs, busy) = (self.memory.clone(), self.runs.clone(), self.busy);
+        self.writer = Some(thread::spawn(move || {
+            let mut value = 1;
+            while runs.load(SeqCst) {
+                for _ in 0..busy {
+                    memory.write(FIRST + value * 7 % PAGES, value);
+                    value += 1;
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+        }));
+    }
+
+    pub fn halt(&mut self) {
+        self.runs.store(false, SeqCst);
+        if let Some(writer) = self.writer.take() {
+            writer.join().unwrap();
+        }
+    }
+}
+
+fn state(name: &str, data: &[u8]) -> SavedState {
+    SavedState {
+        name: name.into(),
+        version: 1,
+        data: data.into(),
+    }
+}
+
+impl Departing for Leaver {
+    type Pages = Memory;
+
+    fn pages(&self) -> Arc<Memory> {
+        self.memory.clone()
+    }
+
+    fn offer(&mut self) -> Result<Vec<SavedState>, MachineError> {
+        Ok(vec![state("config", b"one cpu")])
+    }
+
+    fn watch(&mut self) -> Result<(), MachineError> {
+        self.memory.take_dirty();
+        Ok(())
+    }
+
+    fn changes(&mut self) -> Result<PageSet, MachineError> {
+        Ok(self.memory.take_dirty())
+    }
+
+    fn slow(&mut self, percent: u8) {
+        self.slowed = percent;
+    }
+
+    fn stop(&mut self) -> Result<Vec<SavedState>, MachineError> {
+        self.halt();
+        Ok(vec![state("machine", b"registers")])
+    }
+
+    fn go_on(&mut self) -> Result<(), MachineError> {
+        if !self.runs.load(SeqCst) {
+            self.run();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Leaver {
+    fn drop(&mut self) {
+        self.halt();
+    }
+}
+
+/// A machine that a guest comes to.
+pub struct Comer {
+    sink: Arc<Sink>,
+    pub refusal: Option<&'static str>,
+    pub load_refusal: Option<&'static str>,
+    pub filling: Option<Arc<Filling>>,
+    /// A guest was offered that can be had.
+    pub accepted: Arc<AtomicBool>,
+}
+
+impl Comer {
+    pub fn new(room: u64) -> Self {
+        Self {
+            sink: Arc::new(Sink {
+                memory: Memory::empty(),
+                room: AtomicU64::new(room),
+            }),
+            refusal: None,
+            load_refusal: None,
+            filling: None,
+            accepted: Arc::default(),
+        }
+    }
+
+    pub fn memory(&self) -> Arc<Memory> {
+        self.sink.memory.clone()
+    }
+}
+
+impl Arriving for Comer {
+    type Sink = Sink;
+
+    fn accept(&mut self, offer: &[SavedState], metadata: Metadata) -> Result<(), MachineError> {
+        assert_eq!(offer, [state("config", b"one cpu")]);
+        assert_eq!(metadata, Metadata::ArmMte);
+        if let Some(reason) = self.refusal.take() {
+            return Err(reason.into());
+        }
+        self.accepted.store(true, SeqCst);
+        Ok(())
+    }
+
+    fn sink(&self) -> Arc<Sink> {
+        self.sink.clone()
+    }
+
+    fn pages(&self) -> Range<u64> {
+        RAM
+    }
+
+    fn fetches(&self) -> Result<u8, MachineError> {
+        Ok(2)
+    }
+
+    fn load(
+        &mut self,
+        states: &[SavedState],
+        missing: Option<Arc<Peer>>,
+    ) -> Result<(), MachineError> {
+        assert_eq!(states, [state("machine", b"registers")]);
+        if let Some(reason) = self.load_refusal {
+            return Err(reason.into());
+        }
+        self.filling = missing.map(|peer| Filling::start(peer, self.sink.clone()));
+        Ok(())
+    }
+}
+
+/// Pages that come while the guest runs: what `memory::lazy` is to a machine.
+pub struct Filling {
+    peer: Arc<Peer>,
+    sink: Arc<Sink>,
+    left: Mutex<VecDeque<u32>>,
+    fill: Mutex<Fill>,
+    on_way: AtomicUsize,
+}
+
+impl Filling {
+    fn start(peer: Arc<Peer>, sink: Arc<Sink>) -> Arc<Self> {
+        let groups: std::collections::BTreeSet<u32> = peer.runs().map(|(_, group)| group).collect();
+        let this = Arc::new(Self {
+            peer,
+            sink,
+            left: Mutex::new(groups.into_iter().collect()),
+            fill: Mutex::new(Fill::Filling(0)),
+            on_way: AtomicUsize::new(0),
+        });
+        this.retry();
+        this
+    }
+
+    pub fn fill(&self) -> Fill {
+        self.fill.lock().unwrap().clone()
+    }
+
+    /// Tries again what failed.
+    pub fn retry(self: &Arc<Self>) {
+        while self.on_way.load(SeqCst) > 0 {
+            thread::yield_now();
+        }
+        *self.fill.lock().unwrap() = Fill::Filling(0);
+        self.on_way.store(2, SeqCst);
+        for _ in 0..2 {
+            let this = self.clone();
+            thread::spawn(move || this.bring());
+        }
+    }
+
+    fn bring(&self) {
+        let mut batch = Batch::new(Metadata::ArmMte);
+        loop {
+            let Some(group) = self.left.lock().unwrap().pop_front() else {
+                break;
+            };
+            match self.peer.fetch(group, &mut batch) {
+                Ok(()) => self.sink.place(&batch).unwrap(),
+                Err(error) => {
+                    self.left.lock().unwrap().push_front(group);
+                    *self.fill.lock().unwrap() = Fill::Failed(error.to_string());
+                    break;
+                }
+            }
+        }
+        let last = self.on_way.fetch_sub(1, SeqCst) == 1;
+        if last && self.left.lock().unwrap().is_empty() {
+            *self.fill.lock().unwrap() = Fill::Complete;
+        }
+    }
+}
+
+/// What becomes of a message at which the network breaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Last {
+    Arrives,
+    IsLost,
+}
+
+/// A network that breaks, all of it, at a message.
+pub struct Network {
+    incoming: Mutex<Option<Sender<PipeEnd>>>,
+    /// Messages so far.
+    pub messages: AtomicUsize,
+    break_at: Mutex<Option<(usize, Last)>>,
+    broken: AtomicBool,
+    /// How often it broke: connections from before are dead.
+    breaks: AtomicUsize,
+    change: Mutex<u64>,
+    changed: Condvar,
+}
+
+impl Network {
+    pub fn new() -> (Arc<Self>, Door) {
+        let (send, receive) = mpsc::channel();
+        let network = Arc::new(Self {
+            incoming: Mutex::new(Some(send)),
+            messages: AtomicUsize::new(0),
+            break_at: Mutex::new(None),
+            broken: AtomicBool::new(false),
+            breaks: AtomicUsize::new(0),
+            change: Mutex::new(0),
+            changed: Condvar::new(),
+        });
+        (network, Door(Mutex::new(receive)))
+    }
+
+    pub fn break_at(&self, message: usize, last: Last) {
+        *self.break_at.lock().unwrap() = Some((message, last));
+    }
+
+    pub fn is_broken(&self) -> bool {
+        self.broken.load(SeqCst)
+    }
+
+    /// New connections work; those from before stay broken.
+    pub fn mend(&self) {
+        *self.break_at.lock().unwrap() = None;
+        self.broken.store(false, SeqCst);
+    }
+
+    pub fn cut(&self) {
+        self.breaks.fetch_add(1, SeqCst);
+        self.broken.store(true, SeqCst);
+        self.tell();
+    }
+
+    fn tell(&self) {
+        *self.change.lock().unwrap() += 1;
+        self.changed.notify_all();
+    }
+
+    /// A message is written; whether it arrives.
+    fn pass(&self) -> bool {
+        if self.is_broken() {
+            return false;
+        }
+        let number = self.messages.fetch_add(1, SeqCst);
+        match *self.break_at.lock().unwrap() {
+            Some((at, last)) if number == at => {
+                self.cut();
+                last == Last::Arrives
+            }
+            _ => true,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Pipe(Mutex<VecDeque<u8>>);
+
+struct PipeEnd {
+    network: Arc<Network>,
+    read: Arc<Pipe>,
+    write: Arc<Pipe>,
+    closed: Arc<AtomicBool>,
+    /// The network's breaks when it was dialled.
+    breaks: usize,
+    patience: Duration,
+}
+
+impl PipeEnd {
+    fn is_closed(&self) -> bool {
+        self.closed.load(SeqCst) || self.network.breaks.load(SeqCst) != self.breaks
+    }
+}
+
+impl Read for PipeEnd {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let begun = Instant::now();
+        loop {
+            let change = self.network.change.lock().unwrap();
+            let closed = self.is_closed();
+            let read = {
+                let mut there = self.read.0.lock().unwrap();
+                let length = there.len().min(bytes.len());
+                for (to, from) in bytes.iter_mut().zip(there.drain(..length)) {
+                    *to = from;
+                }
+                length
+            };
+            if read > 0 || closed {
+                return Ok(read);
+            }
+            if begun.elapsed() > self.patience {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            drop(
+                self.network
+                    .changed
+                    .wait_timeout(change, Duration::from_millis(20))
+                    .unwrap(),
+            );
+        }
+    }
+}
+
+impl Write for PipeEnd {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.is_closed() {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        if self.network.pass() {
+            self.write.0.lock().unwrap().extend(bytes);
+        }
+        self.network.tell();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Wire for PipeEnd {
+    fn set_patience(&mut self, patience: Duration) -> io::Result<()> {
+        self.patience = patience;
+        Ok(())
+    }
+
+    fn closer(&self) -> Closer {
+        let (closed, network) = (self.closed.clone(), self.network.clone());
+        Arc::new(move || {
+            closed.store(true, SeqCst);
+            network.tell();
+        })
+    }
+
+    fn peer(&self) -> String {
+        "the other side".into()
+    }
+}
+
+impl Drop for PipeEnd {
+    fn drop(&mut self) {
+        self.closed.store(true, SeqCst);
+        self.network.tell();
+    }
+}
+
+/// How the source reaches the destination.
+pub struct Line(pub Arc<Network>);
+
+impl Dial for Line {
+    fn dial(&self) -> io::Result<Box<dyn Wire>> {
+        if self.0.is_broken() {
+            return Err(io::ErrorKind::HostUnreachable.into());
+        }
+        let closed = Arc::new(AtomicBool::new(false));
+        let (one, other) = (Arc::<Pipe>::default(), Arc::<Pipe>::default());
+        let end = |read: &Arc<Pipe>, write: &Arc<Pipe>| PipeEnd {
+            network: self.0.clone(),
+            read: read.clone(),
+            write: write.clone(),
+            closed: closed.clone(),
+            breaks: self.0.breaks.load(SeqCst),
+            patience: Duration::from_secs(5),
+        };
+        let there = end(&one, &other);
+        let incoming = self.0.incoming.lock().unwrap();
+        let sent = incoming.as_ref().map(|incoming| incoming.send(there));
+        match sent {
+            Some(Ok(())) => Ok(Box::new(end(&other, &one))),
+            _ => Err(io::ErrorKind::ConnectionRefused.into()),
+        }
+    }
+
+    fn peer(&self) -> String {
+        "the destination".into()
+    }
+}
+
+/// Where the destination takes connections.
+pub struct Door(Mutex<Queue<PipeEnd>>);
+
+impl Listen for Door {
+    fn accept(&self) -> io::Result<Pending> {
+        let end = self
+            .0
+            .lock()
+            .unwrap()
+            .recv()
+            .map_err(|_| io::ErrorKind::NotConnected)?;
+        Ok(Box::new(move || Ok(Box::new(end) as Box<dyn Wire>)))
+    }
+}
