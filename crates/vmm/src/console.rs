@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::devices::serial::{Output, SerialPort, SerialPortState, TooMuchInput};
+use crate::devices::serial::{FirstState, Output, SerialPort};
 use crate::terminal::{Command, Escape, HELP, RawMode};
 
 /// How much of what a user types a guest that does not read may leave behind. The rest is dropped, so
@@ -71,9 +71,6 @@ pub enum Error {
     /// The file is a pipe without a reader.
     #[error("console file {0}: nobody reads this pipe; start its reader first")]
     NoReader(PathBuf),
-    /// A saved port cannot be taken up.
-    #[error(transparent)]
-    State(#[from] TooMuchInput),
     /// The terminal, a descriptor or a thread cannot be had.
     #[error("console: {step}: {source}")]
     Host {
@@ -147,16 +144,16 @@ impl Console {
         })
     }
 
-    /// A serial port in `state` on this console, which interrupts by `interrupt`; the user's commands go to `command`.
+    /// A serial port on this console, which interrupts by `interrupt`; the user's commands go to `command`.
     /// From the first port on, a terminal is in raw mode.
     ///
     /// # Errors
-    /// The terminal, a thread or a descriptor cannot be had, or the state is none of a port.
-    pub fn connect<T: Trigger + Send + 'static>(
+    /// The terminal, a thread or a descriptor cannot be had.
+    pub fn connect<T: Trigger + Send + Sync + 'static>(
         &mut self,
         interrupt: T,
         command: impl Fn(Command) + Send + 'static,
-        state: &SerialPortState,
+        first: FirstState,
     ) -> Result<(Arc<SerialPort<T>>, Connection), Error> {
         if let Some(file) = self.old_content.take()
             && let Err(e) = file.set_len(0)
@@ -170,12 +167,7 @@ impl Console {
         }
         let room = event().map_err(host("creating an event"))?;
         let signal = room.try_clone().map_err(host("duplicating an event"))?;
-        let port = Arc::new(SerialPort::with_state(
-            interrupt,
-            &self.output,
-            signal,
-            state,
-        )?);
+        let port = Arc::new(SerialPort::new(interrupt, &self.output, signal, first));
         let input = self
             .keyboard
             .as_ref()
@@ -195,7 +187,7 @@ fn print_help() {
     let _ = writeln!(io::stderr(), "\n{HELP}");
 }
 
-fn start_input<T: Trigger + Send + 'static>(
+fn start_input<T: Trigger + Send + Sync + 'static>(
     keyboard: Arc<Mutex<Keyboard>>,
     port: Arc<SerialPort<T>>,
     room: EventFd,
@@ -402,7 +394,8 @@ mod tests {
     fn guest_with(keyboard: &Arc<Mutex<Keyboard>>) -> Guest {
         let output = Output::to(io::sink()).unwrap();
         let room = event().unwrap();
-        let port = SerialPort::new(NoInterrupt, &output, room.try_clone().unwrap());
+        let signal = room.try_clone().unwrap();
+        let port = SerialPort::new(NoInterrupt, &output, signal, FirstState::Reset);
         let port = Arc::new(port);
         let (sender, commands) = mpsc::channel();
         let input = start_input(keyboard.clone(), port.clone(), room, move |command| {
@@ -454,7 +447,7 @@ mod tests {
         let mut console = Console::open(&ConsoleConfig::File(log.path().into())).unwrap();
         let opened = std::fs::read_to_string(log.path()).unwrap();
         let _port = console
-            .connect(NoInterrupt, |_| {}, &SerialPortState::default())
+            .connect(NoInterrupt, |_| {}, FirstState::Reset)
             .unwrap();
         let connected = std::fs::read_to_string(log.path()).unwrap();
 
@@ -537,7 +530,7 @@ mod tests {
 
         for text in [b"first", b"again"] {
             let (port, _input) = console
-                .connect(NoInterrupt, |_| {}, &SerialPortState::default())
+                .connect(NoInterrupt, |_| {}, FirstState::Reset)
                 .unwrap();
             text.iter().for_each(|byte| port.write(0, &[*byte]));
         }

@@ -17,7 +17,7 @@ use crate::config::{MachineConfig, MemorySize};
 use crate::console::{Connection, Console};
 use crate::devices::generation::{Generation, GenerationId};
 use crate::devices::rtc::{ClockState, RealTimeClock};
-use crate::devices::serial::SerialPortState;
+use crate::devices::serial::{SerialPortState, TooMuchInput};
 use crate::memory::GuestMemory;
 use crate::memory::base::Base;
 use crate::memory::pages::GuestPages;
@@ -120,6 +120,15 @@ pub enum Error {
         /// And of this one.
         here: (usize, usize),
     },
+    /// A saved serial port cannot be taken up.
+    #[error(transparent)]
+    Serial(#[from] TooMuchInput),
+    /// There is no guest in the machine yet.
+    #[error("the machine awaits a guest's state, and can do nothing before it has it")]
+    Awaiting,
+    /// There is a guest in the machine.
+    #[error("the machine has a guest already, and cannot take up another's state")]
+    NotAwaiting,
     /// The guest's MTE is another than this host's.
     #[error("the saved guest {}; KVM shows every guest the host's own level, so restore it on a host with that one", mte::MteDifference { has: *.saved, offered: *.here })]
     OtherMte {
@@ -208,6 +217,8 @@ enum Event {
 /// Whether a machine's guest runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Running {
+    /// There is none: its state is still to come.
+    Awaiting,
     /// It stands at its first instruction.
     NotYet,
     Yes,
@@ -274,6 +285,19 @@ where
         Self::build(hypervisor, config, Start::Boot, console)
     }
 
+    /// Builds a machine for a guest that is still elsewhere, with the configuration of its machine there. The guest's
+    /// memory can be given to it at any time, its state once by [`Machine::load`]; it runs nothing before.
+    ///
+    /// # Errors
+    /// See [`Error`]. Nothing is left behind.
+    pub fn awaiting(
+        hypervisor: &H,
+        config: &MachineConfig,
+        console: &mut Console,
+    ) -> Result<Self, Error> {
+        Self::build(hypervisor, config, Start::Awaiting, console)
+    }
+
     /// Builds a machine that goes on where the one of `state` stood, with the configuration of that one. `fill`
     /// gives it that one's memory, with all tags. It stands still until [`Machine::resume`] or [`Machine::run`].
     ///
@@ -286,7 +310,8 @@ where
         console: &mut Console,
         fill: impl FnOnce(&GuestPages) -> Result<(), Error>,
     ) -> Result<Self, Error> {
-        let machine = Self::build(hypervisor, config, Start::Restored(state), console)?;
+        let mut machine = Self::build(hypervisor, config, Start::Restored, console)?;
+        machine.load(state)?;
         fill(&GuestPages::new(machine.memory.clone(), machine.tags()))?;
         Ok(machine)
     }
@@ -303,7 +328,9 @@ where
         console: &mut Console,
         base: &Base,
     ) -> Result<Self, Error> {
-        Self::build(hypervisor, config, Start::Cloned(state, base), console)
+        let mut machine = Self::build(hypervisor, config, Start::Cloned(base), console)?;
+        machine.load(state)?;
+        Ok(machine)
     }
 
     fn build(
@@ -328,7 +355,7 @@ where
             clock: parts.clock,
             running: match start {
                 Start::Boot => Running::NotYet,
-                Start::Restored(_) | Start::Cloned(..) => Running::Paused,
+                Start::Awaiting | Start::Restored | Start::Cloned(_) => Running::Awaiting,
             },
             generation: parts.generation,
             virtio: parts.virtio,
@@ -430,6 +457,9 @@ where
     }
 
     fn open(&mut self) -> Result<(), Error> {
+        if self.running == Running::Awaiting {
+            return Err(Error::Awaiting);
+        }
         if self.running == Running::Paused {
             self.virtio.iter().try_for_each(|device| device.resume())?;
         }
@@ -443,20 +473,78 @@ where
     /// Stops vCPUs and devices as [`Machine::pause`] does, and returns their state.
     ///
     /// # Errors
-    /// The host does not tell a state, or a vCPU's thread is gone; only then can the machine not go on.
+    /// [`Error::Awaiting`]; the host does not tell a state, or a vCPU's thread is gone; only then can the machine not go on.
     pub fn save(&mut self) -> Result<MachineState, Error> {
-        let Some(threads) = self.vcpus.take() else {
-            return Err(Error::VcpuPanicked);
-        };
-        let wanted = threads.len();
-        let vcpus = threads.stop();
-        if vcpus.len() != wanted {
-            return Err(Error::VcpuPanicked);
+        if self.running == Running::Awaiting {
+            return Err(Error::Awaiting);
         }
+        let vcpus = self.stop_vcpus()?;
         self.pause_devices();
         let state = self.state(&vcpus);
         self.vcpus = Some(start_threads(vcpus, &self.bus, &self.sender)?);
         state
+    }
+
+    /// Gives a machine that awaits it the state of its guest, whole: the guest stands where it stood, until
+    /// [`Machine::resume`] or [`Machine::run`]. It has the generation ID that it had. No memory is touched.
+    ///
+    /// # Errors
+    /// [`Error::NotAwaiting`]. Or the state does not fit, by the name of what does not: then nothing can be done with the
+    /// machine but to drop it.
+    pub fn load(&mut self, state: &MachineState) -> Result<(), Error> {
+        if self.running != Running::Awaiting {
+            return Err(Error::NotAwaiting);
+        }
+        let here = (self.vcpu_count(), self.virtio.len());
+        let saved = (state.vcpus.len(), state.virtio.len());
+        if saved != here {
+            return Err(Error::OtherMachine { saved, here });
+        }
+        let vcpus = self.stop_vcpus()?;
+        let loaded = self.load_parts(state, &vcpus);
+        self.vcpus = Some(start_threads(vcpus, &self.bus, &self.sender)?);
+        loaded?;
+        self.running = Running::Paused;
+        Ok(())
+    }
+
+    fn load_parts(&self, state: &MachineState, vcpus: &[VcpuOf<H>]) -> Result<(), Error> {
+        if let (Some(saved), Some(here)) = (state.vcpus.first(), vcpus.first()) {
+            check_cpu(saved, here)?;
+        }
+        for (transport, state) in self.virtio.iter().zip(&state.virtio) {
+            transport.restore(state)?;
+        }
+        self.serial.restore(&state.serial)?;
+        self.clock.restore(&state.clock);
+        self.generation
+            .restore(state.generation)
+            .map_err(|source| Error::Host {
+                step: "giving the guest its generation ID",
+                source,
+            })?;
+        for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
+            state.apply(vcpu)?;
+        }
+        // Last: the lines that the devices drove just now were high before, and are not edges.
+        self.vm.restore_gic(&state.gic)?;
+        Ok(())
+    }
+
+    fn vcpu_count(&self) -> usize {
+        self.vcpus.as_ref().map_or(0, VcpuThreads::len)
+    }
+
+    /// Ends the vCPUs' threads, each vCPU whole.
+    fn stop_vcpus(&mut self) -> Result<Vec<VcpuOf<H>>, Error> {
+        let threads = self.vcpus.take().ok_or(Error::VcpuPanicked)?;
+        let wanted = threads.len();
+        let vcpus = threads.stop();
+        if vcpus.len() == wanted {
+            Ok(vcpus)
+        } else {
+            Err(Error::VcpuPanicked)
+        }
     }
 
     /// Whether the guest ended the machine, or cannot go on, and [`Machine::run`] has yet to say so.
@@ -513,6 +601,19 @@ impl Event {
             Self::Interrupt => Ok(Ending::Interrupted),
         }
     }
+}
+
+/// Refuses a saved CPU that this host has no equal to, by the name of what is missing.
+fn check_cpu(state: &VcpuState, vcpu: &impl Vcpu) -> Result<(), Error> {
+    let missing = cpu::missing(state, vcpu)?;
+    if !missing.is_empty() {
+        return Err(Error::MissingFeatures(missing));
+    }
+    let (saved, here) = (cpu::mte_of(state), cpu::mte(vcpu)?);
+    if saved != here {
+        return Err(Error::OtherMte { saved, here });
+    }
+    Ok(())
 }
 
 fn start_threads<V: Vcpu + 'static>(

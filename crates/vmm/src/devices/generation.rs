@@ -96,6 +96,16 @@ impl<L: Trigger> Generation<L> {
         *self.lock()
     }
 
+    /// Takes up the ID that a guest has seen elsewhere, which is not told: to the guest nothing has changed.
+    ///
+    /// # Errors
+    /// The page cannot be written.
+    pub fn restore(&self, id: GenerationId) -> io::Result<()> {
+        let mut own = self.lock();
+        *own = id;
+        self.publish(id)
+    }
+
     /// Makes a new ID and tells the guest. Before a restored guest runs, the interrupt controller has its state by then.
     ///
     /// # Errors
@@ -183,6 +193,19 @@ mod tests {
         assert_ne!(generation.id(), first);
         assert_eq!(seen_by_the_guest(&generation), generation.id());
         assert_eq!(line.0.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_guest_that_moves_finds_the_id_that_it_had_and_no_interrupt() {
+        let line = Line::default();
+        let generation = Generation::new(GenerationId([7; 16]), &line).unwrap();
+        let id = GenerationId([9; 16]);
+
+        generation.restore(id).unwrap();
+
+        assert_eq!(seen_by_the_guest(&generation), id);
+        assert_eq!(generation.id(), id);
+        assert_eq!(line.0.load(Ordering::Relaxed), 0);
     }
 
     #[test]

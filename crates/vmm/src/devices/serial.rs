@@ -49,82 +49,108 @@ struct SerialStateFields {
 #[error("the saved serial port holds more input than one has room for")]
 pub struct TooMuchInput;
 
+/// In what a port begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirstState {
+    /// As after a reset.
+    Reset,
+    /// In one that is still to come, by [`SerialPort::restore`]: until then it takes no input, which has to come behind
+    /// what the guest was given before.
+    Awaited,
+}
+
 /// The serial port.
 pub struct SerialPort<T: Trigger> {
-    serial: Mutex<Serial<T, RoomForInput, OutputBuffer>>,
+    port: Mutex<Port<T>>,
+}
+
+struct Port<T: Trigger> {
+    serial: Serial<Line<T>, RoomForInput, OutputBuffer>,
+    awaits_state: bool,
+}
+
+/// The port's interrupt, which outlasts a change of the port's state.
+struct Line<T>(Arc<T>);
+
+impl<T: Trigger> Trigger for Line<T> {
+    type E = T::E;
+
+    fn trigger(&self) -> Result<(), T::E> {
+        self.0.trigger()
+    }
 }
 
 impl<T: Trigger> SerialPort<T> {
     /// A port that interrupts by `interrupt`, writes to `output`, and signals `room` whenever
-    /// the guest has read all of its input.
-    pub fn new(interrupt: T, output: &Output, room: EventFd) -> Self {
+    /// there is room for more input.
+    pub fn new(interrupt: T, output: &Output, room: EventFd, first: FirstState) -> Self {
         Self {
-            serial: Mutex::new(Serial::with_events(
-                interrupt,
-                RoomForInput(room),
-                output.buffer.clone(),
-            )),
+            port: Mutex::new(Port {
+                serial: Serial::with_events(
+                    Line(Arc::new(interrupt)),
+                    RoomForInput(Arc::new(room)),
+                    output.buffer.clone(),
+                ),
+                awaits_state: first == FirstState::Awaited,
+            }),
         }
-    }
-
-    /// A port that goes on from `state`, otherwise like [`SerialPort::new`].
-    ///
-    /// # Errors
-    /// The state is none of such a port.
-    pub fn with_state(
-        interrupt: T,
-        output: &Output,
-        room: EventFd,
-        state: &SerialPortState,
-    ) -> Result<Self, TooMuchInput> {
-        let (room, output) = (RoomForInput(room), output.buffer.clone());
-        let serial =
-            Serial::from_state(&state.0, interrupt, room, output).map_err(|_| TooMuchInput)?;
-        Ok(Self {
-            serial: Mutex::new(serial),
-        })
     }
 
     /// What a snapshot must hold of the port.
     pub fn state(&self) -> SerialPortState {
-        SerialPortState(self.lock().state())
+        SerialPortState(self.lock().serial.state())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Serial<T, RoomForInput, OutputBuffer>> {
-        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Goes on from `state`.
+    ///
+    /// # Errors
+    /// The state is none of such a port.
+    pub fn restore(&self, state: &SerialPortState) -> Result<(), TooMuchInput> {
+        let mut port = self.lock();
+        let line = Line(port.serial.interrupt_evt().0.clone());
+        let room = RoomForInput(port.serial.events().0.clone());
+        let output = port.serial.writer().clone();
+        port.serial = Serial::from_state(&state.0, line, room, output).map_err(|_| TooMuchInput)?;
+        port.awaits_state = false;
+        port.serial.events().in_buffer_empty();
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Port<T>> {
+        self.port.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives the guest as much of `input` as the FIFO holds, and returns how much that was.
     pub fn receive(&self, input: &[u8]) -> usize {
-        let mut serial = self.lock();
-        if serial.fifo_capacity() == 0 {
+        let mut port = self.lock();
+        if port.awaits_state || port.serial.fifo_capacity() == 0 {
             return 0;
         }
-        serial.enqueue_raw_bytes(input).unwrap_or_else(|e| {
+        port.serial.enqueue_raw_bytes(input).unwrap_or_else(|e| {
             tracing::warn!("serial port: {e:?}");
             0
         })
     }
 }
 
-impl<T: Trigger + Send> MmioDevice for SerialPort<T> {
+impl<T: Trigger + Send + Sync> MmioDevice for SerialPort<T> {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let (Ok(offset), [byte]) = (u8::try_from(offset), data) {
-            *byte = self.lock().read(offset);
+            *byte = self.lock().serial.read(offset);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (Ok(offset), [byte]) = (u8::try_from(offset), data)
-            && let Err(e) = self.lock().write(offset, *byte)
+            && let Err(e) = self.lock().serial.write(offset, *byte)
         {
             tracing::debug!("serial port: {e:?}");
         }
     }
 }
 
-/// Tells the input thread that the guest has read what was there.
-struct RoomForInput(EventFd);
+/// Tells the input thread that there is room for input: the guest has read what was there.
+struct RoomForInput(Arc<EventFd>);
 
 impl SerialEvents for RoomForInput {
     fn buffer_read(&self) {}
@@ -362,9 +388,17 @@ mod tests {
     }
 
     fn port(output: &Output) -> (SerialPort<Pulse>, mpsc::Receiver<()>, EventFd) {
+        port_in(output, FirstState::Reset)
+    }
+
+    fn port_in(
+        output: &Output,
+        first: FirstState,
+    ) -> (SerialPort<Pulse>, mpsc::Receiver<()>, EventFd) {
         let (pulse, pulses) = mpsc::channel();
         let room = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let port = SerialPort::new(Pulse(pulse), output, room.try_clone().unwrap());
+        let signal = room.try_clone().unwrap();
+        let port = SerialPort::new(Pulse(pulse), output, signal, first);
         (port, pulses, room)
     }
 
@@ -508,6 +542,55 @@ mod tests {
         assert!(
             String::from_utf8_lossy(&lines[0]).contains("console output is lost: no storage space")
         );
+    }
+
+    #[test]
+    fn a_port_goes_on_from_anothers_state_with_its_own_interrupt_and_output() {
+        let (sender, received) = mpsc::channel();
+        let output = Output::to(Reader(sender)).unwrap();
+        let (other, ..) = port(&output);
+        other.write(SCRATCH, &[0x5a]);
+        other.write(INTERRUPT_ENABLE, &[1]);
+        other.receive(b"x");
+        let (port, pulses, _room) = port(&output);
+
+        port.restore(&other.state()).unwrap();
+
+        assert_eq!(port.state(), other.state());
+        assert!(pulses.try_recv().is_ok());
+        port.write(DATA, b"y");
+        drop(output);
+        assert_eq!(received.try_iter().flatten().collect::<Vec<_>>(), b"y");
+    }
+
+    #[test]
+    fn input_waits_for_the_state_that_it_comes_behind() {
+        let output = Output::to(io::sink()).unwrap();
+        let (other, ..) = port(&output);
+        other.receive(b"first");
+        let (port, _pulses, room) = port_in(&output, FirstState::Awaited);
+
+        let before = port.receive(b"second");
+        port.restore(&other.state()).unwrap();
+        let has_room = room.read().is_ok();
+        let after = port.receive(b"second");
+
+        assert_eq!((before, has_room, after), (0, true, 6));
+        let mut read = [0; 11];
+        for byte in read.chunks_mut(1) {
+            port.read(DATA, byte);
+        }
+        assert_eq!(&read, b"firstsecond");
+    }
+
+    #[test]
+    fn a_state_with_more_input_than_the_fifo_holds_is_refused() {
+        let output = Output::to(io::sink()).unwrap();
+        let (port, ..) = port(&output);
+        let mut state = port.state();
+        state.0.in_buffer = vec![0; 65];
+
+        assert!(port.restore(&state).is_err());
     }
 
     #[test]

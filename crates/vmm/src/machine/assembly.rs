@@ -4,21 +4,19 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
 
-use engine::{
-    Capabilities, GicLayout, Hypervisor, Ppi, RegisterId, Spi, Vcpu, VcpuFeatures, VcpuState, Vm,
-};
+use engine::{Capabilities, GicLayout, Hypervisor, Ppi, RegisterId, Spi, Vcpu, VcpuFeatures, Vm};
 use mte::MteFeatures;
 use vm_memory::{Bytes, GuestAddress};
 use vm_superio::Trigger;
 
-use super::{Error, MachineState, VcpuOf, VmOf, cpu};
+use super::{Error, VcpuOf, VmOf};
 use crate::boot::{self, Loaded};
 use crate::bus::{Bus, MmioDevice};
 use crate::config::{DiskConfig, MachineConfig, MemorySize, MteConfig, NetConfig, OverlayConfig};
 use crate::console::{Connection, Console};
 use crate::devices::generation::{Generation, GenerationId};
 use crate::devices::rtc::RealTimeClock;
-use crate::devices::serial::{SerialPort, SerialPortState};
+use crate::devices::serial::{FirstState, SerialPort};
 use crate::fdt;
 use crate::layout::{self, DEVICE_SIZE};
 use crate::memory::base::Base;
@@ -50,20 +48,12 @@ pub(super) struct Parts<H: Hypervisor> {
 pub(super) enum Start<'a> {
     /// At the first instruction of what the configuration names.
     Boot,
-    /// Where another machine stood, whose memory is still to come.
-    Restored(&'a MachineState),
-    /// Where another machine stood, with the memory of this base.
-    Cloned(&'a MachineState, &'a Base),
-}
-
-impl<'a> Start<'a> {
-    /// The state to go on from.
-    pub fn state(self) -> Option<&'a MachineState> {
-        match self {
-            Self::Boot => None,
-            Self::Restored(state) | Self::Cloned(state, _) => Some(state),
-        }
-    }
+    /// Where another machine will stand, whose memory and state are still to come.
+    Awaiting,
+    /// Where another machine stood, whose state and memory come at once.
+    Restored,
+    /// The same, with the memory of this base.
+    Cloned(&'a Base),
 }
 
 /// Builds all parts of a machine, its serial port on `console`; the user's commands there go to `on_command`.
@@ -81,7 +71,7 @@ pub(super) fn assemble<H: Hypervisor>(
     let memory = guest_memory(host, config, mte.is_some(), start)?;
     let loaded = match start {
         Start::Boot => Some(load(&memory, config)?),
-        Start::Restored(_) | Start::Cloned(..) => None,
+        Start::Awaiting | Start::Restored | Start::Cloned(_) => None,
     };
 
     // SAFETY: the memory is in `Parts` and then in `Machine`, which deletes the slot before it drops
@@ -103,12 +93,14 @@ pub(super) fn assemble<H: Hypervisor>(
 
     let mut bus = Bus::default();
     let virtio = add_virtio(&mut bus, virtio_devices(config)?, &vm, &memory)?;
-    let at_reset = SerialPortState::default();
-    let serial_state = start.state().map_or(&at_reset, |state| &state.serial);
-    let (serial, console) = add_serial_port(&mut bus, &vm, console, on_command, serial_state)?;
+    let first = match start {
+        Start::Boot => FirstState::Reset,
+        Start::Awaiting | Start::Restored | Start::Cloned(_) => FirstState::Awaited,
+    };
+    let (serial, console) = add_serial_port(&mut bus, &vm, console, on_command, first)?;
     let clock = Arc::new(RealTimeClock::new());
     bus.add(layout::RTC, DEVICE_SIZE, clock.clone());
-    let generation = add_generation(&vm, start)?;
+    let generation = add_generation(&vm)?;
 
     if let Some(loaded) = &loaded {
         let description = fdt::Description {
@@ -128,10 +120,6 @@ pub(super) fn assemble<H: Hypervisor>(
         check_page_size(&vcpus, loaded)?;
         enter(&vcpus, loaded)?;
     }
-    if let Some(state) = start.state() {
-        restore(state, &*vm, &vcpus, &virtio)?;
-        clock.restore(&state.clock);
-    }
     Ok(Parts {
         vcpus,
         bus: Arc::new(bus),
@@ -146,46 +134,6 @@ pub(super) fn assemble<H: Hypervisor>(
     })
 }
 
-/// Gives a machine that was built the same way the state of another. Its virtio devices stay paused.
-fn restore<V: Vm>(
-    state: &MachineState,
-    vm: &V,
-    vcpus: &[V::Vcpu],
-    virtio: &[Arc<MmioTransport>],
-) -> Result<(), Error> {
-    if (state.vcpus.len(), state.virtio.len()) != (vcpus.len(), virtio.len()) {
-        return Err(Error::OtherMachine {
-            saved: (state.vcpus.len(), state.virtio.len()),
-            here: (vcpus.len(), virtio.len()),
-        });
-    }
-    if let (Some(saved), Some(here)) = (state.vcpus.first(), vcpus.first()) {
-        check_cpu(saved, here)?;
-    }
-    for (transport, state) in virtio.iter().zip(&state.virtio) {
-        transport.restore(state)?;
-    }
-    for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
-        state.apply(vcpu)?;
-    }
-    // Last: the lines that the devices drove just now were high before, and are not edges.
-    vm.restore_gic(&state.gic)?;
-    Ok(())
-}
-
-/// Refuses a saved CPU that this host has no equal to, by the name of what is missing.
-fn check_cpu(state: &VcpuState, vcpu: &impl Vcpu) -> Result<(), Error> {
-    let missing = cpu::missing(state, vcpu)?;
-    if !missing.is_empty() {
-        return Err(Error::MissingFeatures(missing));
-    }
-    let (saved, here) = (cpu::mte_of(state), cpu::mte(vcpu)?);
-    if saved != here {
-        return Err(Error::OtherMte { saved, here });
-    }
-    Ok(())
-}
-
 fn guest_memory(
     host: &Capabilities,
     config: &MachineConfig,
@@ -193,7 +141,7 @@ fn guest_memory(
     start: Start<'_>,
 ) -> Result<GuestMemory, Error> {
     let (access, huge_pages) = (config.tag_access, config.huge_pages);
-    if let Start::Cloned(_, base) = start {
+    if let Start::Cloned(base) = start {
         MemoryPlan::choose_for_clone(mte, access, huge_pages)?;
         if base.size() != config.memory.0 {
             return Err(Error::OtherBase {
@@ -387,27 +335,24 @@ fn add_serial_port<V: Vm>(
     vm: &Arc<V>,
     console: &mut Console,
     on_command: impl Fn(Command) + Send + 'static,
-    state: &SerialPortState,
+    first: FirstState,
 ) -> Result<(Arc<MachinePort<V>>, Connection), Error> {
     let line = SpiLine {
         vm: vm.clone(),
         spi: spi(layout::SERIAL_SPI),
     };
-    let (port, connection) = console.connect(line, on_command, state)?;
+    let (port, connection) = console.connect(line, on_command, first)?;
     bus.add(layout::SERIAL, DEVICE_SIZE, port.clone());
     Ok((port, connection))
 }
 
-/// A machine that was just made has an ID of its own; one that was restored has that of the one saved.
-fn add_generation<V: Vm>(vm: &Arc<V>, start: Start<'_>) -> Result<Generation<SpiLine<V>>, Error> {
+/// An ID of its own. A guest that comes from elsewhere brings the one that it has seen.
+fn add_generation<V: Vm>(vm: &Arc<V>) -> Result<Generation<SpiLine<V>>, Error> {
     let host = |source| Error::Host {
         step: "making the guest's generation ID",
         source,
     };
-    let id = match start.state() {
-        None => GenerationId::random().map_err(host)?,
-        Some(state) => state.generation,
-    };
+    let id = GenerationId::random().map_err(host)?;
     let line = SpiLine {
         vm: vm.clone(),
         spi: spi(layout::GENERATION_SPI),
