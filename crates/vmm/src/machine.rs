@@ -130,7 +130,7 @@ pub enum Error {
     #[error("the machine has a guest already, and cannot take up another's state")]
     NotAwaiting,
     /// The guest's MTE is another than this host's.
-    #[error("the saved guest {}; KVM shows every guest the host's own level, so restore it on a host with that one", mte::MteDifference { has: *.saved, offered: *.here })]
+    #[error("the guest {}; KVM shows every guest the host's own level, so let it go on on a host with that one", mte::MteDifference { has: *.saved, offered: *.here })]
     OtherMte {
         /// What the guest has seen so far.
         saved: MteFeatures,
@@ -138,7 +138,7 @@ pub enum Error {
         here: MteFeatures,
     },
     /// The guest's CPU has what this host's has not.
-    #[error("the saved guest's CPU has what this host's has not: {}; restore it on a host with that", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
+    #[error("the guest's CPU has what this host's has not: {}; let it go on on a host with that", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
     MissingFeatures(Vec<cpu::Feature>),
     /// A base of another guest.
     #[error("the base for clones has {base} of memory, the machine {wanted}")]
@@ -249,6 +249,8 @@ impl MachineHandle {
 pub struct Machine<H: Hypervisor> {
     /// `None` only while the machine is taken down.
     vcpus: Option<VcpuThreads<VcpuOf<H>>>,
+    /// The ID registers of the first of them.
+    cpu: VcpuState,
     bus: Arc<Bus>,
     serial: Arc<MachinePort<VmOf<H>>>,
     clock: Arc<RealTimeClock>,
@@ -350,6 +352,7 @@ where
         let vcpus = start_threads(parts.vcpus, &parts.bus, &sender)?;
         Ok(Self {
             vcpus: Some(vcpus),
+            cpu: parts.cpu,
             bus: parts.bus,
             serial: parts.serial,
             clock: parts.clock,
@@ -377,6 +380,29 @@ where
     /// The MTE that the guest sees.
     pub fn mte(&self) -> Option<MteFeatures> {
         self.mte
+    }
+
+    /// What the guest sees of its CPUs: the ID registers of the first, without the rest of its state. It is known while the
+    /// guest runs.
+    pub fn cpu(&self) -> &VcpuState {
+        &self.cpu
+    }
+
+    /// Whether a guest can go on here that has seen this of its CPUs elsewhere ([`Machine::cpu`], or a saved state). To be
+    /// asked of a machine that awaits the guest before anything of it is sent.
+    ///
+    /// # Errors
+    /// [`Error::MissingFeatures`] and [`Error::OtherMte`] name what it cannot have here.
+    pub fn check_cpu(&self, guest: &VcpuState) -> Result<(), Error> {
+        let missing = cpu::missing(guest, &self.cpu);
+        if !missing.is_empty() {
+            return Err(Error::MissingFeatures(missing));
+        }
+        let (saved, here) = (cpu::mte_of(guest), cpu::mte_of(&self.cpu));
+        if saved != here {
+            return Err(Error::OtherMte { saved, here });
+        }
+        Ok(())
     }
 
     /// The guest's RAM.
@@ -500,18 +526,19 @@ where
         if saved != here {
             return Err(Error::OtherMachine { saved, here });
         }
+        if let Some(guest) = state.vcpus.first() {
+            self.check_cpu(guest)?;
+        }
         let vcpus = self.stop_vcpus()?;
         let loaded = self.load_parts(state, &vcpus);
         self.vcpus = Some(start_threads(vcpus, &self.bus, &self.sender)?);
-        loaded?;
+        self.cpu = loaded?;
         self.running = Running::Paused;
         Ok(())
     }
 
-    fn load_parts(&self, state: &MachineState, vcpus: &[VcpuOf<H>]) -> Result<(), Error> {
-        if let (Some(saved), Some(here)) = (state.vcpus.first(), vcpus.first()) {
-            check_cpu(saved, here)?;
-        }
+    /// Returns what the guest sees of its CPUs then: hosts can hide some of what they have.
+    fn load_parts(&self, state: &MachineState, vcpus: &[VcpuOf<H>]) -> Result<VcpuState, Error> {
         for (transport, state) in self.virtio.iter().zip(&state.virtio) {
             transport.restore(state)?;
         }
@@ -528,7 +555,8 @@ where
         }
         // Last: the lines that the devices drove just now were high before, and are not edges.
         self.vm.restore_gic(&state.gic)?;
-        Ok(())
+        let boot_cpu = vcpus.first().ok_or(Error::VcpuPanicked)?;
+        Ok(cpu::identity(boot_cpu)?)
     }
 
     fn vcpu_count(&self) -> usize {
@@ -601,19 +629,6 @@ impl Event {
             Self::Interrupt => Ok(Ending::Interrupted),
         }
     }
-}
-
-/// Refuses a saved CPU that this host has no equal to, by the name of what is missing.
-fn check_cpu(state: &VcpuState, vcpu: &impl Vcpu) -> Result<(), Error> {
-    let missing = cpu::missing(state, vcpu)?;
-    if !missing.is_empty() {
-        return Err(Error::MissingFeatures(missing));
-    }
-    let (saved, here) = (cpu::mte_of(state), cpu::mte(vcpu)?);
-    if saved != here {
-        return Err(Error::OtherMte { saved, here });
-    }
-    Ok(())
 }
 
 fn start_threads<V: Vcpu + 'static>(

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use engine::model::{Guest, HostRules, ModelHypervisor, ModelVcpu, Step};
 use engine::{RegisterId, Result, SystemEvent, Vcpu};
-use mte::Tag;
+use mte::{MteFeatures, Tag};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 use vmm::config::{MachineConfig, MemorySize};
 use vmm::console::{Console, ConsoleConfig};
 use vmm::layout::RAM_START;
-use vmm::machine::{Ending, Error, Machine, MachineState};
+use vmm::machine::{Ending, Error, Machine, MachineState, cpu};
 use vmm::memory::TagAccess;
 use vmm::memory::pages::GuestPages;
 
@@ -206,4 +206,41 @@ fn a_guest_with_other_parts_is_refused_with_both_counts() {
         refusal.contains("has 1 CPUs and 1 virtio devices, this one 2 and 1"),
         "{refusal}"
     );
+}
+
+#[test]
+fn what_a_guest_sees_of_its_cpu_is_known_while_it_runs_and_goes_with_it() {
+    let mut host = Host::new();
+    let config = host.config();
+    let mut destination = host.await_guest(&config);
+    let mut source = host.boot(&config);
+    run_to_five(&mut source);
+
+    let seen = source.cpu().clone();
+    destination.check_cpu(&seen).unwrap();
+    let state = source.save().unwrap();
+    destination.load(&state).unwrap();
+
+    assert_eq!(cpu::mte_of(&seen), cpu::mte_of(&state.vcpus[0]));
+    assert_eq!(cpu::features_of(&seen), cpu::features_of(&state.vcpus[0]));
+    assert_eq!(destination.cpu(), &seen);
+}
+
+#[test]
+fn a_guest_with_another_mte_is_refused_by_its_level_before_anything_is_sent() {
+    let mut host = Host::new();
+    let config = host.config();
+    let source = host.boot(&config);
+    let mut other = Host::with(HostRules {
+        mte: Some(MteFeatures::from_id_registers(2 << 8, 0)),
+        ..HostRules::linux(6, 12)
+    });
+    let config = other.config();
+    let destination = other.await_guest(&config);
+
+    let less = destination.check_cpu(source.cpu()).unwrap_err();
+    let more = source.check_cpu(destination.cpu()).unwrap_err();
+
+    assert!(less.to_string().contains("MTE (level 3)"), "{less}");
+    assert!(matches!(more, Error::OtherMte { .. }), "{more}");
 }

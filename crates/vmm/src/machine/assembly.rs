@@ -4,12 +4,14 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
 
-use engine::{Capabilities, GicLayout, Hypervisor, Ppi, RegisterId, Spi, Vcpu, VcpuFeatures, Vm};
+use engine::{
+    Capabilities, GicLayout, Hypervisor, Ppi, RegisterId, Spi, Vcpu, VcpuFeatures, VcpuState, Vm,
+};
 use mte::MteFeatures;
 use vm_memory::{Bytes, GuestAddress};
 use vm_superio::Trigger;
 
-use super::{Error, VcpuOf, VmOf};
+use super::{Error, VcpuOf, VmOf, cpu};
 use crate::boot::{self, Loaded};
 use crate::bus::{Bus, MmioDevice};
 use crate::config::{DiskConfig, MachineConfig, MemorySize, MteConfig, NetConfig, OverlayConfig};
@@ -32,6 +34,7 @@ use crate::virtio::{IrqLine, VirtioDevice};
 /// The parts of a machine.
 pub(super) struct Parts<H: Hypervisor> {
     pub vcpus: Vec<VcpuOf<H>>,
+    pub cpu: VcpuState,
     pub bus: Arc<Bus>,
     pub serial: Arc<MachinePort<VmOf<H>>>,
     pub clock: Arc<RealTimeClock>,
@@ -121,6 +124,7 @@ pub(super) fn assemble<H: Hypervisor>(
         enter(&vcpus, loaded)?;
     }
     Ok(Parts {
+        cpu: cpu::identity(boot_cpu(&vcpus)?)?,
         vcpus,
         bus: Arc::new(bus),
         serial,
@@ -434,6 +438,13 @@ fn write_device_tree(
             step: "writing the device tree",
             source: io::Error::other(e),
         })
+}
+
+fn boot_cpu<V>(vcpus: &[V]) -> Result<&V, Error> {
+    vcpus.first().ok_or(Error::Cpus {
+        wanted: 0,
+        offered: layout::MAX_VCPUS,
+    })
 }
 
 /// A kernel built for pages that the CPU does not have stops before it can say a word.

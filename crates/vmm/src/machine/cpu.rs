@@ -1,13 +1,14 @@
 //! What a guest saw of its CPU, feature by feature, so that a host that lacks one is refused by the
 //! feature's name before anything is restored.
 //!
-//! The ID registers of the guest's CPU are among its saved registers. A field of theirs that is greater
+//! The ID registers of the guest's CPU are among its saved registers, and can be had without the others ([`identity`]) before
+//! a guest runs. A field of theirs that is greater
 //! than this host's is a feature that this host does not have (Arm ARM D24.1.3: fields grow with what
 //! they describe). Lesser ones are written as they were saved; hosts that cannot hide a feature refuse that.
 
 use std::fmt;
 
-use engine::{RegisterId, Vcpu, VcpuState};
+use engine::{PendingSError, PowerState, RegisterId, RegisterValue, Vcpu, VcpuState};
 use mte::MteFeatures;
 
 /// An ID register, by the last two parts of its encoding `S3_0_C0_<crm>_<op2>`, and its fields by their lowest bit.
@@ -172,30 +173,34 @@ pub fn features_of(state: &VcpuState) -> Vec<Feature> {
     all.filter(|feature| feature.level != 0).collect()
 }
 
-/// What a saved CPU has and this one has not, or has less of.
+/// The ID registers of a vCPU: what a guest sees of its CPU, and no more of its state.
 ///
 /// # Errors
 /// The host does not tell a register.
-pub fn missing(state: &VcpuState, here: &impl Vcpu) -> engine::Result<Vec<Feature>> {
-    let known = here.registers()?;
-    let mut missing = Vec::new();
-    for register in &ID_REGISTERS {
-        let id = id(register);
-        let Some(saved) = saved_value(state, id) else {
-            continue;
-        };
-        let own = if known.contains(&id) {
-            here.register_u64(id)?
-        } else {
-            0
-        };
+pub fn identity(vcpu: &impl Vcpu) -> engine::Result<VcpuState> {
+    let known = vcpu.registers()?;
+    let read = |id| {
+        let value = vcpu.register_u64(id)?.to_le_bytes().into();
+        Ok(RegisterValue { id, value })
+    };
+    let ids = ID_REGISTERS.iter().map(id).filter(|id| known.contains(id));
+    Ok(VcpuState {
+        registers: ids.map(read).collect::<engine::Result<_>>()?,
+        power: PowerState::On,
+        serror: PendingSError::default(),
+    })
+}
+
+/// What a saved CPU has and this one has not, or has less of.
+pub fn missing(state: &VcpuState, here: &VcpuState) -> Vec<Feature> {
+    let missing_of = |register| {
+        let saved = saved_value(state, id(register))?;
+        let own = saved_value(here, id(register)).unwrap_or(0);
         let both = features(register, saved).zip(features(register, own));
-        missing.extend(
-            both.filter(|(saved, own)| saved.level > own.level)
-                .map(|(saved, _)| saved),
-        );
-    }
-    Ok(missing)
+        Some(both.filter(|(saved, own)| saved.level > own.level))
+    };
+    let missing = ID_REGISTERS.iter().filter_map(missing_of).flatten();
+    missing.map(|(saved, _)| saved).collect()
 }
 
 /// The MTE that a saved CPU has.
@@ -207,21 +212,8 @@ pub fn mte_of(state: &VcpuState) -> MteFeatures {
     )
 }
 
-/// The MTE that a vCPU has.
-///
-/// # Errors
-/// The host does not tell a register.
-pub fn mte(vcpu: &impl Vcpu) -> engine::Result<MteFeatures> {
-    Ok(MteFeatures::from_id_registers(
-        vcpu.register_u64(RegisterId::ID_AA64PFR1_EL1)?,
-        vcpu.register_u64(RegisterId::ID_AA64PFR2_EL1)?,
-    ))
-}
-
 #[cfg(test)]
 mod tests {
-    use engine::{PendingSError, PowerState, RegisterValue};
-
     use super::*;
 
     fn state(registers: &[(u8, u8, u64)]) -> VcpuState {
@@ -246,6 +238,18 @@ mod tests {
             .collect();
 
         assert_eq!(names, ["Advanced SIMD (level 2)", "SVE", "MTE (level 3)"]);
+    }
+
+    #[test]
+    fn what_is_missing_is_told_with_the_level_that_the_guest_has() {
+        let saved = state(&[(4, 0, 1 << 32 | 0xf << 16), (4, 1, 3 << 8), (6, 0, 2 << 4)]);
+        // PFR0: floating point, which the guest did without, and no SVE; PFR1: less MTE; no ISAR0 at all.
+        let here = state(&[(4, 0, 0), (4, 1, 2 << 8)]);
+
+        let missing = missing(&saved, &here);
+
+        let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["SVE", "MTE (level 3)", "AES (level 2)"]);
     }
 
     #[test]
