@@ -24,6 +24,7 @@ use crate::memory::pages::GuestPages;
 use crate::memory::tags::{TagStore, tag_store};
 use crate::terminal::Command;
 use crate::vcpu::{VcpuEvent, VcpuThreads};
+use crate::virtio::block::{DiskError, Image};
 use crate::virtio::mmio::{MmioTransport, TransportState};
 use crate::{boot, console, memory, virtio};
 use assembly::{MachinePort, SpiLine, Start};
@@ -123,6 +124,9 @@ pub enum Error {
     /// A saved serial port cannot be taken up.
     #[error(transparent)]
     Serial(#[from] TooMuchInput),
+    /// The guest may write to its disks at any moment.
+    #[error("the guest runs: its disks can be let go only while it is paused")]
+    DisksInUse,
     /// There is no guest in the machine yet.
     #[error("the machine awaits a guest's state, and can do nothing before it has it")]
     Awaiting,
@@ -256,6 +260,7 @@ pub struct Machine<H: Hypervisor> {
     clock: Arc<RealTimeClock>,
     generation: Generation<SpiLine<VmOf<H>>>,
     virtio: Vec<Arc<MmioTransport>>,
+    disks: Vec<Arc<Image>>,
     running: Running,
     events: Receiver<Event>,
     /// An event that was seen before it could be acted on.
@@ -288,7 +293,8 @@ where
     }
 
     /// Builds a machine for a guest that is still elsewhere, with the configuration of its machine there. The guest's
-    /// memory can be given to it at any time, its state once by [`Machine::load`]; it runs nothing before.
+    /// memory can be given to it at any time, its state once by [`Machine::load`]; it runs nothing before. Its disks may be
+    /// locked by the other machine, until they are to be this one's by [`Machine::claim_disks`].
     ///
     /// # Errors
     /// See [`Error`]. Nothing is left behind.
@@ -362,6 +368,7 @@ where
             },
             generation: parts.generation,
             virtio: parts.virtio,
+            disks: parts.disks,
             events,
             seen: None,
             sender,
@@ -486,6 +493,10 @@ where
         if self.running == Running::Awaiting {
             return Err(Error::Awaiting);
         }
+        if let Some(disk) = self.disks.iter().find(|disk| !disk.is_claimed()) {
+            let path = disk.path().to_owned();
+            return Err(DiskError::NotClaimed { path }.into());
+        }
         if self.running == Running::Paused {
             self.virtio.iter().try_for_each(|device| device.resume())?;
         }
@@ -573,6 +584,40 @@ where
         } else {
             Err(Error::VcpuPanicked)
         }
+    }
+
+    /// Makes the guest's disks this machine's, which another one had until now: locks them, and learns what is on them.
+    /// Nothing happens if they are. Before that, a machine that awaits its guest does not run it.
+    ///
+    /// # Errors
+    /// [`Error::Disk`] names one that another machine has, or that is not what it was. Then none of them is this machine's.
+    pub fn claim_disks(&self) -> Result<(), Error> {
+        let claimed = self.disks.iter().try_for_each(|disk| disk.claim());
+        if claimed.is_err() {
+            for disk in &self.disks {
+                if let Err(e) = disk.release() {
+                    tracing::warn!("{e}");
+                }
+            }
+        }
+        Ok(claimed?)
+    }
+
+    /// Lets another machine have the disks of a guest that is paused: all that it wrote is brought to the medium, and the
+    /// locks are given up. Until [`Machine::claim_disks`] takes them back, the guest does not run.
+    ///
+    /// # Errors
+    /// [`Error::DisksInUse`]; or [`Error::Disk`] where the medium fails, or nobody else could open an overlay. Then all of
+    /// them are still this machine's.
+    pub fn release_disks(&self) -> Result<(), Error> {
+        if self.is_running() {
+            return Err(Error::DisksInUse);
+        }
+        let released = self.disks.iter().try_for_each(|disk| disk.release());
+        if released.is_err() {
+            self.claim_disks()?;
+        }
+        Ok(released?)
     }
 
     /// Whether the guest ended the machine, or cannot go on, and [`Machine::run`] has yet to say so.

@@ -10,7 +10,7 @@ use engine::{RegisterId, Result, SystemEvent, Vcpu};
 use mte::{MteFeatures, Tag};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
-use vmm::config::{MachineConfig, MemorySize};
+use vmm::config::{MachineConfig, MemorySize, OverlayConfig};
 use vmm::console::{Console, ConsoleConfig};
 use vmm::layout::RAM_START;
 use vmm::machine::{Ending, Error, Machine, MachineState, cpu};
@@ -243,4 +243,94 @@ fn a_guest_with_another_mte_is_refused_by_its_level_before_anything_is_sent() {
 
     assert!(less.to_string().contains("MTE (level 3)"), "{less}");
     assert!(matches!(more, Error::OtherMte { .. }), "{more}");
+}
+
+/// The configuration with a disk of 1 MiB, and what its machines have it as.
+fn with_disk(host: &Host) -> MachineConfig {
+    fs::write(host.path("disk"), vec![0; 1 << 20]).unwrap();
+    MachineConfig {
+        disk: vec![host.path("disk").display().to_string().parse().unwrap()],
+        ..host.config()
+    }
+}
+
+#[test]
+fn disks_go_with_the_guest_and_neither_machine_runs_without_them() {
+    let mut host = Host::new();
+    let config = with_disk(&host);
+    let mut source = host.boot(&config);
+    let mut destination = host.await_guest(&config);
+    run_to_five(&mut source);
+    let while_it_runs = source.release_disks();
+    let state = source.save().unwrap();
+    move_memory(&source, &destination);
+    destination.load(&state).unwrap();
+
+    let too_early = destination.claim_disks().unwrap_err().to_string();
+    let without = destination.resume().unwrap_err().to_string();
+    source.release_disks().unwrap();
+    destination.claim_disks().unwrap();
+    let after = source.resume().unwrap_err().to_string();
+    destination.resume().unwrap();
+
+    assert!(matches!(while_it_runs, Err(Error::DisksInUse)));
+    assert!(too_early.contains("disk") && too_early.contains("holds a lock"));
+    assert!(without.contains("was not claimed for it"), "{without}");
+    assert!(after.contains("was let go"), "{after}");
+}
+
+#[test]
+fn a_source_takes_its_disks_back_and_goes_on() {
+    let mut host = Host::new();
+    let config = with_disk(&host);
+    let mut source = host.boot(&config);
+    let destination = host.await_guest(&config);
+    run_to_five(&mut source);
+    source.pause();
+    source.release_disks().unwrap();
+    destination.claim_disks().unwrap();
+    drop(destination);
+
+    source.claim_disks().unwrap();
+    let ram = source.memory().ram();
+    ram.write_obj(1u64, GuestAddress(GO)).unwrap();
+    let ending = source.run().unwrap();
+
+    assert_eq!(ending, Ending::Off);
+    assert_eq!(word(&source, COUNTER), 10);
+}
+
+#[test]
+fn all_disks_are_claimed_or_none() {
+    let mut host = Host::new();
+    let first = with_disk(&host);
+    fs::write(host.path("other"), vec![0; 1 << 20]).unwrap();
+    let other = host.path("other").display().to_string().parse().unwrap();
+    let both = MachineConfig {
+        disk: vec![first.disk[0].clone(), other],
+        ..first.clone()
+    };
+    let user = MachineConfig {
+        disk: vec![both.disk[1].clone()],
+        ..first.clone()
+    };
+    let _user = host.boot(&user);
+    let destination = host.await_guest(&both);
+
+    let refusal = destination.claim_disks().unwrap_err().to_string();
+
+    assert!(refusal.contains("/other"), "{refusal}");
+    host.boot(&first);
+}
+
+#[test]
+fn a_guest_with_an_overlay_without_a_name_is_not_awaited() {
+    let mut host = Host::new();
+    let mut config = with_disk(&host);
+    config.disk[0].overlay = Some(OverlayConfig::Temporary);
+
+    let refusal = Machine::awaiting(&host.hypervisor, &config, &mut host.console).err();
+
+    let refusal = refusal.unwrap().to_string();
+    assert!(refusal.contains("overlay without a name"), "{refusal}");
 }

@@ -40,6 +40,7 @@ pub(super) struct Parts<H: Hypervisor> {
     pub clock: Arc<RealTimeClock>,
     pub generation: Generation<SpiLine<VmOf<H>>>,
     pub virtio: Vec<Arc<MmioTransport>>,
+    pub disks: Vec<Arc<Image>>,
     pub mte: Option<MteFeatures>,
     pub vm: Arc<VmOf<H>>,
     pub memory: GuestMemory,
@@ -95,7 +96,8 @@ pub(super) fn assemble<H: Hypervisor>(
     }
 
     let mut bus = Bus::default();
-    let virtio = add_virtio(&mut bus, virtio_devices(config)?, &vm, &memory)?;
+    let disks = open_disks(config, start)?;
+    let virtio = add_virtio(&mut bus, virtio_devices(config, &disks)?, &vm, &memory)?;
     let first = match start {
         Start::Boot => FirstState::Reset,
         Start::Awaiting | Start::Restored | Start::Cloned(_) => FirstState::Awaited,
@@ -131,6 +133,7 @@ pub(super) fn assemble<H: Hypervisor>(
         clock,
         generation,
         virtio,
+        disks,
         mte,
         vm,
         memory,
@@ -260,10 +263,13 @@ fn affinities(vcpus: &[impl Vcpu]) -> Result<Vec<u64>, Error> {
 }
 
 /// Devices of the configuration's kinds, in the order in which the guest finds them.
-fn virtio_devices(config: &MachineConfig) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
+fn virtio_devices(
+    config: &MachineConfig,
+    disks: &[Arc<Image>],
+) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
-    for (index, disk) in config.disk.iter().enumerate() {
-        devices.push(Box::new(block_device(index, disk)?));
+    for (index, (disk, image)) in config.disk.iter().zip(disks).enumerate() {
+        devices.push(Box::new(block_device(index, disk, image.clone())?));
     }
     for (index, net) in config.net.iter().enumerate() {
         devices.push(Box::new(net_device(index, net)?));
@@ -286,26 +292,60 @@ fn virtio_devices(config: &MachineConfig) -> Result<Vec<Box<dyn VirtioDevice>>, 
     Ok(devices)
 }
 
-fn block_device(index: usize, disk: &DiskConfig) -> Result<Block, Error> {
+/// Opens the disks, which another machine has while this one awaits its guest.
+fn open_disks(config: &MachineConfig, start: Start<'_>) -> Result<Vec<Arc<Image>>, Error> {
+    let open = match start {
+        Start::Awaiting => open_unclaimed,
+        Start::Boot | Start::Restored | Start::Cloned(_) => open_claimed,
+    };
+    let images = config.disk.iter().map(|disk| Ok(Arc::new(open(disk)?)));
+    images.collect()
+}
+
+fn open_claimed(disk: &DiskConfig) -> Result<Image, DiskError> {
+    let path = &disk.path;
+    match overlay_of(disk)? {
+        None => Image::open(path, access_to(disk)),
+        Some(OverlayConfig::Temporary) => Image::open_below(path, &OverlayPlace::Temporary),
+        Some(OverlayConfig::File(file)) => {
+            Image::open_below(path, &OverlayPlace::File(file.clone()))
+        }
+    }
+}
+
+fn open_unclaimed(disk: &DiskConfig) -> Result<Image, DiskError> {
+    let path = &disk.path;
+    match overlay_of(disk)? {
+        None => Image::unclaimed(path, access_to(disk)),
+        Some(OverlayConfig::Temporary) => Err(DiskError::NamelessOverlay { path: path.clone() }),
+        Some(OverlayConfig::File(file)) => Image::unclaimed_below(path, file),
+    }
+}
+
+fn overlay_of(disk: &DiskConfig) -> Result<Option<&OverlayConfig>, DiskError> {
+    match (&disk.overlay, disk.readonly) {
+        (Some(_), true) => Err(DiskError::ReadOnlyOverlay {
+            path: disk.path.clone(),
+        }),
+        (overlay, _) => Ok(overlay.as_ref()),
+    }
+}
+
+fn access_to(disk: &DiskConfig) -> Access {
+    if disk.readonly {
+        Access::ReadOnly
+    } else {
+        Access::ReadWrite
+    }
+}
+
+fn block_device(index: usize, disk: &DiskConfig, image: Arc<Image>) -> Result<Block, Error> {
     let serial = disk
         .id
         .as_deref()
         .map(Serial::new)
         .transpose()?
         .unwrap_or_default();
-    let image = match (&disk.overlay, disk.readonly) {
-        (None, true) => Image::open(&disk.path, Access::ReadOnly),
-        (None, false) => Image::open(&disk.path, Access::ReadWrite),
-        (Some(_), true) => Err(DiskError::ReadOnlyOverlay {
-            path: disk.path.clone(),
-        }),
-        (Some(OverlayConfig::Temporary), false) => {
-            Image::open_below(&disk.path, &OverlayPlace::Temporary)
-        }
-        (Some(OverlayConfig::File(file)), false) => {
-            Image::open_below(&disk.path, &OverlayPlace::File(file.clone()))
-        }
-    }?;
     Ok(Block::new(format!("disk{index}"), image, serial))
 }
 

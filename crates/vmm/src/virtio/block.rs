@@ -81,11 +81,12 @@ pub struct Block {
 }
 
 impl Block {
-    /// A disk called `name` in threads and messages, with the content of `image`.
-    pub fn new(name: impl Into<String>, image: Image, serial: Serial) -> Self {
+    /// A disk called `name` in threads and messages, with the content of `image`, which is to be claimed before the disk is
+    /// activated.
+    pub fn new(name: impl Into<String>, image: impl Into<Arc<Image>>, serial: Serial) -> Self {
         Block {
             name: name.into(),
-            image: Arc::new(image),
+            image: image.into(),
             serial,
             worker: None,
         }
@@ -117,7 +118,8 @@ impl Drop for Block {
     /// What the guest wrote and did not flush outlives the host's power as well.
     fn drop(&mut self) {
         drop(self.worker.take());
-        if self.image.access() == Access::ReadWrite
+        if self.image.is_claimed()
+            && self.image.access() == Access::ReadWrite
             && let Err(why) = self.image.flush()
         {
             tracing::error!("disk \"{}\": its last writes may be lost: {why}", self.name);

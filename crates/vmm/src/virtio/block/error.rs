@@ -94,6 +94,54 @@ pub enum DiskError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// It changed before it was claimed.
+    #[error(
+        "cannot go on with disk image {path:?}: it had {before} bytes when it was opened and has {now} now; \
+         a guest's disk must not change while the guest moves"
+    )]
+    Resized {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes when it was opened.
+        before: u64,
+        /// And when it was to be used.
+        now: u64,
+    },
+    /// What the kernel has in its cache may be old.
+    #[error("cannot have the kernel forget what it has read of disk image {path:?}: {source}")]
+    Cached {
+        /// The image.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The last writes are not on the medium.
+    #[error(
+        "cannot bring the last writes to disk image {path:?}: {source}; the guest still has it"
+    )]
+    Flush {
+        /// The image.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It is another machine's, or about to be.
+    #[error(
+        "the guest cannot run: disk image {path:?} was not claimed for it, or was let go for another machine to take"
+    )]
+    NotClaimed {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Nobody else could find the overlay.
+    #[error(
+        "disk {path:?} has an overlay without a name, which ends with its machine and cannot go with the guest; \
+         start the machine with overlay=FILE"
+    )]
+    NamelessOverlay {
+        /// The image.
+        path: PathBuf,
+    },
     /// The overlay.
     #[error("cannot use {path:?} for the overlay of a disk image: {why}")]
     Overlay {

@@ -4,12 +4,18 @@
 //! locks on single bytes, one for each thing done to the image and one for each thing that nobody
 //! else may do (`RAW_LOCK_PERM_BASE`, `RAW_LOCK_SHARED_BASE` in QEMU's block/file-posix.c). One writer, or
 //! any number of readers, and the images below overlays have readers alone. The locks end with the file descriptor, however the process ends.
+//!
+//! A guest that migrates takes its disks along. The machine that awaits it opens them while the other one has them still,
+//! and claims them, that is, locks them and reads what it must know, once that one has let them go.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::Advice;
 
 use super::DiskError;
 use super::overlay::{Overlay, OverlayPlace};
@@ -65,14 +71,16 @@ impl Access {
     }
 }
 
-/// A raw disk image, open and locked.
+/// A raw disk image, open, and locked while it is claimed.
 #[derive(Debug)]
 pub struct Image {
+    path: PathBuf,
     file: File,
     sectors: u64,
     access: Access,
     /// Where writes go instead.
     overlay: Option<Overlay>,
+    claimed: AtomicBool,
 }
 
 impl Image {
@@ -81,17 +89,11 @@ impl Image {
     /// # Errors
     /// It cannot be opened, is no image, is not a whole and non-zero number of sectors, or is in use.
     pub fn open(path: &Path, access: Access) -> Result<Self, DiskError> {
-        let file = open_file(path, access)?;
-        check_kind(path, &file, access)?;
-        lock(path, &file, access)?;
-        let sectors = count_sectors(path, &file, access)?;
-        warn_of_other_formats(path, &file);
-        Ok(Image {
-            file,
-            sectors,
-            access,
-            overlay: None,
-        })
+        let image = Self::unclaimed(path, access)?;
+        image.lock()?;
+        image.take_up()?;
+        warn_of_other_formats(path, &image.file);
+        Ok(image)
     }
 
     /// Opens the image at `path` for reading, below an overlay, which takes what is written to it.
@@ -99,11 +101,145 @@ impl Image {
     /// # Errors
     /// Those of [`Image::open`], of image and overlay; or the overlay is not one of this image.
     pub fn open_below(path: &Path, overlay: &OverlayPlace) -> Result<Self, DiskError> {
-        let mut image = Self::open(path, Access::ReadOnly)?;
-        let size = image.sectors * SECTOR_SIZE;
-        image.overlay = Some(Overlay::open(overlay, &image.file, size)?);
-        image.access = Access::ReadWrite;
+        let below = Self::open(path, Access::ReadOnly)?;
+        let overlay = Overlay::open(overlay, below.sectors * SECTOR_SIZE)?;
+        let image = below.with(overlay);
+        image.lock()?;
+        image.take_up()?;
         Ok(image)
+    }
+
+    /// Opens the image at `path`, which another machine may have locked, and reads nothing of it. To be used, it must be
+    /// claimed.
+    ///
+    /// # Errors
+    /// Those of [`Image::open`], but that it is in use.
+    pub fn unclaimed(path: &Path, access: Access) -> Result<Self, DiskError> {
+        let file = open_file(path, access)?;
+        check_kind(path, &file, access)?;
+        Ok(Image {
+            sectors: count_sectors(path, &file, access)?,
+            path: path.to_owned(),
+            file,
+            access,
+            overlay: None,
+            claimed: AtomicBool::new(false),
+        })
+    }
+
+    /// Opens the image at `path` and its overlay, which is there, as [`Image::unclaimed`] does.
+    ///
+    /// # Errors
+    /// Those of [`Image::unclaimed`], of image and overlay.
+    pub fn unclaimed_below(path: &Path, overlay: &Path) -> Result<Self, DiskError> {
+        let below = Self::unclaimed(path, Access::ReadOnly)?;
+        let overlay = Overlay::of_another(overlay, below.sectors * SECTOR_SIZE)?;
+        Ok(below.with(overlay))
+    }
+
+    fn with(self, overlay: Overlay) -> Self {
+        Image {
+            overlay: Some(overlay),
+            access: Access::ReadWrite,
+            claimed: AtomicBool::new(false),
+            ..self
+        }
+    }
+
+    /// Locks the image, and its overlay, and learns what others wrote to them meanwhile. Nothing happens if it is claimed.
+    ///
+    /// # Errors
+    /// It is in use, or no longer what it was when it was opened. It is not locked then.
+    pub fn claim(&self) -> Result<(), DiskError> {
+        if self.is_claimed() {
+            return Ok(());
+        }
+        let claimed = self
+            .lock()
+            .and_then(|()| self.forget_cached())
+            .and_then(|()| self.take_up());
+        if claimed.is_err() {
+            self.unlock()?;
+        }
+        claimed
+    }
+
+    /// Brings everything written to the medium, and lets others claim the image and its overlay. Nothing may be read or
+    /// written until it is claimed again.
+    ///
+    /// # Errors
+    /// The medium's; or the overlay has no name by which others could open it. It is still claimed then.
+    pub fn release(&self) -> Result<(), DiskError> {
+        if !self.is_claimed() {
+            return Ok(());
+        }
+        if self
+            .overlay
+            .as_ref()
+            .is_some_and(|overlay| !overlay.is_kept())
+        {
+            return Err(DiskError::NamelessOverlay {
+                path: self.path.clone(),
+            });
+        }
+        if self.access == Access::ReadWrite {
+            self.flush().map_err(|source| DiskError::Flush {
+                path: self.path.clone(),
+                source,
+            })?;
+        }
+        self.claimed.store(false, Ordering::SeqCst);
+        self.unlock()
+    }
+
+    /// Whether it can be read and written.
+    pub fn is_claimed(&self) -> bool {
+        self.claimed.load(Ordering::SeqCst)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What is done to the file of the image: nobody writes to one below an overlay.
+    fn file_access(&self) -> Access {
+        match self.overlay {
+            Some(_) => Access::ReadOnly,
+            None => self.access,
+        }
+    }
+
+    fn lock(&self) -> Result<(), DiskError> {
+        lock(&self.path, &self.file, self.file_access())?;
+        self.overlay.as_ref().map_or(Ok(()), Overlay::lock)
+    }
+
+    fn unlock(&self) -> Result<(), DiskError> {
+        unlock(&self.path, &self.file)?;
+        self.overlay.as_ref().map_or(Ok(()), Overlay::unlock)
+    }
+
+    fn forget_cached(&self) -> Result<(), DiskError> {
+        forget_cached(&self.path, &self.file)?;
+        self.overlay.as_ref().map_or(Ok(()), Overlay::forget_cached)
+    }
+
+    /// Begins to use what is locked.
+    fn take_up(&self) -> Result<(), DiskError> {
+        let now = count_sectors(&self.path, &self.file, self.file_access())?;
+        if now != self.sectors {
+            return Err(DiskError::Resized {
+                path: self.path.clone(),
+                before: self.sectors * SECTOR_SIZE,
+                now: now * SECTOR_SIZE,
+            });
+        }
+        if let Some(overlay) = &self.overlay {
+            overlay.take_up(&self.file)?;
+        }
+        self.claimed.store(true, Ordering::SeqCst);
+        Ok(())
     }
 
     /// The size in sectors of [`SECTOR_SIZE`] bytes.
@@ -325,6 +461,44 @@ pub(super) fn lock(path: &Path, file: &File, access: Access) -> Result<(), DiskE
         }
     }
     Ok(())
+}
+
+/// Lets go of all locks.
+pub(super) fn unlock(path: &Path, file: &File) -> Result<(), DiskError> {
+    (0..8)
+        .flat_map(|bit| [LOCK_DOES + bit, LOCK_FORBIDS + bit])
+        .try_for_each(|byte| lock_call(file, libc::F_OFD_SETLK, libc::F_UNLCK, byte).map(drop))
+        .map_err(|source| DiskError::Lock {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+/// File systems whose files no other host writes: ext2 to ext4, XFS, Btrfs, tmpfs, F2FS, ZFS, bcachefs (`statfs(2)`).
+const OF_ONE_HOST: [u64; 7] = [
+    0xef53,
+    0x5846_5342,
+    0x9123_683e,
+    0x0102_1994,
+    0xf2f5_2010,
+    0x2fc1_2fc1,
+    0xca45_1a4e,
+];
+
+/// Has this host's kernel forget what it has read of a file that other hosts may have written since: one on a network, or
+/// a block device, whatever file system its name is on.
+pub(super) fn forget_cached(path: &Path, file: &File) -> Result<(), DiskError> {
+    let forget = || {
+        let is_file = file.metadata()?.is_file();
+        if is_file && OF_ONE_HOST.contains(&(rustix::fs::fstatfs(file)?.f_type as u64)) {
+            return Ok(());
+        }
+        Ok(rustix::fs::fadvise(file, 0, None, Advice::DontNeed)?)
+    };
+    forget().map_err(|source: io::Error| DiskError::Cached {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn bytes_of(base: i64, permissions: u8) -> impl Iterator<Item = i64> {

@@ -57,6 +57,9 @@ pub enum OverlayError {
         "it has version {0} and this program knows {VERSION}; use the program that made it, or a newer one"
     )]
     Version(u32),
+    /// Nothing where another machine has something.
+    #[error("it is empty, and so not the overlay that the guest has; name that one")]
+    Empty,
     /// Another size than the image's.
     #[error(
         "it was made for an image of {overlay} bytes and this one has {base}; name its own image"
@@ -106,6 +109,7 @@ struct BaseStamp {
 /// The clusters that a guest wrote.
 #[derive(Debug)]
 pub(super) struct Overlay {
+    path: PathBuf,
     file: File,
     /// Bytes of the disk.
     size: u64,
@@ -113,11 +117,13 @@ pub(super) struct Overlay {
     clusters: u64,
     /// It has a name, by which it outlives the machine.
     kept: bool,
+    /// An empty file becomes an overlay.
+    may_be_new: bool,
     map: Mutex<Map>,
 }
 
 /// Which clusters there are.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Map {
     bits: Vec<u8>,
     /// Blocks of it that the file does not have yet.
@@ -125,54 +131,96 @@ struct Map {
 }
 
 impl Overlay {
-    /// Opens the overlay of `base`, an image of `size` bytes, or makes it.
-    pub fn open(place: &OverlayPlace, base: &File, size: u64) -> Result<Self, DiskError> {
+    /// Opens an overlay of an image of `size` bytes, or a file for it. To be used, it must be locked, but for one without a
+    /// name, and taken up.
+    pub fn open(place: &OverlayPlace, size: u64) -> Result<Self, DiskError> {
         match place {
-            OverlayPlace::File(path) => {
-                let fail = |why| failed(path, why);
-                let file = open_or_create(path).map_err(|e| fail(e.into()))?;
-                image::lock(path, &file, Access::ReadWrite)?;
-                Self::in_file(file, path, base, size).map_err(fail)
-            }
+            OverlayPlace::File(path) => Self::in_file(path, open_or_create(path), size, true),
             OverlayPlace::Temporary => {
                 let folder = temporary_folder();
-                let fail = |why| failed(&folder, why);
-                let file = without_a_name(&folder).map_err(|e| fail(e.into()))?;
-                Self::in_file(file, &folder, base, size).map_err(fail)
+                Self::in_file(&folder, without_a_name(&folder), size, true)
             }
         }
     }
 
-    fn in_file(file: File, path: &Path, base: &File, size: u64) -> Result<Self, OverlayError> {
-        if size > MAX_SIZE {
-            return Err(OverlayError::TooLarge(size));
-        }
-        let stamp = BaseStamp::of(base, size)?;
-        let metadata = file.metadata()?;
-        let kept = metadata.nlink() > 0;
-        let mut bits = vec![0; stamp.map_length() as usize];
-        if metadata.len() == 0 {
-            file.set_len(stamp.file_length())?;
-            file.write_all_at(&stamp.header(), 0)?;
-            if kept {
-                file.sync_all()?;
-                sync_folder_of(path)?;
+    /// Opens the overlay that another machine has made of an image of `size` bytes. Otherwise like [`Overlay::open`].
+    pub fn of_another(path: &Path, size: u64) -> Result<Self, DiskError> {
+        Self::in_file(path, open_if_there(path), size, false)
+    }
+
+    fn in_file(
+        path: &Path,
+        file: io::Result<File>,
+        size: u64,
+        may_be_new: bool,
+    ) -> Result<Self, DiskError> {
+        let open = || {
+            let file = file?;
+            if size > MAX_SIZE {
+                return Err(OverlayError::TooLarge(size));
             }
-        } else {
-            stamp.check(&file)?;
-            file.read_exact_at(&mut bits, BLOCK)?;
+            let stamp = BaseStamp::of_size(size);
+            Ok(Self {
+                path: path.to_owned(),
+                size,
+                clusters: stamp.clusters(),
+                kept: file.metadata()?.nlink() > 0,
+                file,
+                may_be_new,
+                map: Mutex::default(),
+            })
+        };
+        open().map_err(|why| failed(path, why))
+    }
+
+    /// Whether it has a name, by which others can open it.
+    pub fn is_kept(&self) -> bool {
+        self.kept
+    }
+
+    /// Locks it for writing.
+    pub fn lock(&self) -> Result<(), DiskError> {
+        image::lock(&self.path, &self.file, Access::ReadWrite)
+    }
+
+    /// Lets go of the lock.
+    pub fn unlock(&self) -> Result<(), DiskError> {
+        image::unlock(&self.path, &self.file)
+    }
+
+    /// As [`image::forget_cached`].
+    pub fn forget_cached(&self) -> Result<(), DiskError> {
+        image::forget_cached(&self.path, &self.file)
+    }
+
+    /// Learns which clusters there are, or makes an empty file an overlay of `base`.
+    pub fn take_up(&self, base: &File) -> Result<(), DiskError> {
+        self.read_map(base).map_err(|why| failed(&self.path, why))
+    }
+
+    fn read_map(&self, base: &File) -> Result<(), OverlayError> {
+        let stamp = BaseStamp::of(base, self.size)?;
+        let mut bits = vec![0; stamp.map_length() as usize];
+        match (self.file.metadata()?.len(), self.may_be_new) {
+            (0, false) => return Err(OverlayError::Empty),
+            (0, true) => {
+                self.file.set_len(stamp.file_length())?;
+                self.file.write_all_at(&stamp.header(), 0)?;
+                if self.kept {
+                    self.file.sync_all()?;
+                    sync_folder_of(&self.path)?;
+                }
+            }
+            _ => {
+                stamp.check(&self.file)?;
+                self.file.read_exact_at(&mut bits, BLOCK)?;
+            }
         }
-        let map = Map {
+        *self.map() = Map {
             bits,
             unsaved: BTreeSet::new(),
         };
-        Ok(Self {
-            file,
-            size,
-            clusters: stamp.clusters(),
-            kept,
-            map: Mutex::new(map),
-        })
+        Ok(())
     }
 
     /// Fills `data` with what the disk has from `offset` on.
@@ -331,16 +379,23 @@ impl Map {
 impl BaseStamp {
     fn of(base: &File, size: u64) -> io::Result<Self> {
         let metadata = base.metadata()?;
-        let (seconds, nanoseconds) = if metadata.is_file() {
-            (metadata.mtime(), metadata.mtime_nsec())
-        } else {
-            (0, 0)
-        };
+        if !metadata.is_file() {
+            return Ok(Self::of_size(size));
+        }
         Ok(Self {
-            size,
-            seconds,
-            nanoseconds: u32::try_from(nanoseconds).unwrap_or(0),
+            seconds: metadata.mtime(),
+            nanoseconds: u32::try_from(metadata.mtime_nsec()).unwrap_or(0),
+            ..Self::of_size(size)
         })
+    }
+
+    /// That of a base which does not say when it was modified.
+    const fn of_size(size: u64) -> Self {
+        Self {
+            size,
+            seconds: 0,
+            nanoseconds: 0,
+        }
     }
 
     fn map_length(&self) -> u64 {
@@ -432,15 +487,20 @@ fn take<'m>(data: &mut Buffers<'m>, length: u64) -> io::Result<Buffers<'m>> {
 }
 
 fn open_or_create(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        // A pipe must not hold up the start, and a device is no place for an overlay.
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
+    for_writing().create(true).mode(0o600).open(path)
+}
+
+fn open_if_there(path: &Path) -> io::Result<File> {
+    for_writing().open(path)
+}
+
+fn for_writing() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    // A pipe must not hold up the start, and a device is no place for an overlay.
+    let flags = libc::O_NONBLOCK;
+    options.read(true).write(true).truncate(false);
+    options.custom_flags(flags);
+    options
 }
 
 fn temporary_folder() -> PathBuf {
@@ -720,6 +780,60 @@ mod tests {
         let own = Image::open_below(&disk.base(), &OverlayPlace::File(disk.base())).unwrap_err();
         assert!(matches!(disk.try_open(), Err(DiskError::Locked { .. })));
         assert!(matches!(own, DiskError::Locked { .. }));
+    }
+
+    #[test]
+    fn an_overlay_goes_to_another_machine_with_all_that_was_written_and_comes_back() {
+        let disk = Disk::new();
+        let source = disk.open();
+        disk.write(&source, 0, &[1; 512]);
+        let destination = Image::unclaimed_below(&disk.base(), &disk.overlay()).unwrap();
+        disk.write(&source, CLUSTER as usize, &[2; 512]);
+
+        let early = destination.claim().unwrap_err().to_string();
+        source.release().unwrap();
+        destination.claim().unwrap();
+        let there = disk.content(&destination);
+        disk.write(&destination, 2 * CLUSTER as usize, &[3; 512]);
+        destination.release().unwrap();
+        source.claim().unwrap();
+
+        let both = with(
+            with(base_content(), 0, &[1; 512]),
+            CLUSTER as usize,
+            &[2; 512],
+        );
+        assert!(early.contains("overlay"), "{early}");
+        assert_eq!(there, both);
+        assert_eq!(
+            disk.content(&source),
+            with(both, 2 * CLUSTER as usize, &[3; 512])
+        );
+    }
+
+    #[test]
+    fn an_overlay_that_another_machine_has_is_neither_made_nor_found_empty() {
+        let disk = Disk::new();
+        let missing = Image::unclaimed_below(&disk.base(), &disk.overlay()).unwrap_err();
+        fs::write(disk.overlay(), []).unwrap();
+        let empty = Image::unclaimed_below(&disk.base(), &disk.overlay()).unwrap();
+
+        let refusal = empty.claim().unwrap_err().to_string();
+
+        assert!(missing.to_string().contains("No such file"), "{missing}");
+        assert!(refusal.contains("it is empty"), "{refusal}");
+        disk.open();
+    }
+
+    #[test]
+    fn an_overlay_without_a_name_is_not_let_go() {
+        let disk = Disk::new();
+        let image = Image::open_below(&disk.base(), &OverlayPlace::Temporary).unwrap();
+
+        let refusal = image.release().unwrap_err().to_string();
+
+        assert!(refusal.contains("overlay=FILE"), "{refusal}");
+        assert!(image.is_claimed());
     }
 
     #[test]

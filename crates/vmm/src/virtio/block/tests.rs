@@ -288,6 +288,66 @@ fn a_refused_image_is_not_left_locked() {
 }
 
 #[test]
+fn an_image_goes_from_one_machine_to_another_and_is_never_both_ones() {
+    let image = image_of(&[0; 512]);
+    let source = Image::open(image.path(), Access::ReadWrite).unwrap();
+    let destination = Image::unclaimed(image.path(), Access::ReadWrite).unwrap();
+
+    let early = destination.claim().unwrap_err().to_string();
+    source.release().unwrap();
+    destination.claim().unwrap();
+    let late = source.claim().unwrap_err().to_string();
+
+    let name = image.path().to_str().unwrap();
+    assert!(
+        early.contains(name) && early.contains("holds a lock"),
+        "{early}"
+    );
+    assert!(late.contains("holds a lock"), "{late}");
+    assert!(destination.is_claimed() && !source.is_claimed());
+}
+
+#[test]
+fn an_image_comes_back_when_the_other_machine_did_not_claim_it() {
+    let image = image_of(&[0; 512]);
+    let source = Image::open(image.path(), Access::ReadWrite).unwrap();
+    let destination = Image::unclaimed(image.path(), Access::ReadWrite).unwrap();
+
+    source.release().unwrap();
+    source.claim().unwrap();
+
+    assert!(matches!(destination.claim(), Err(DiskError::Locked { .. })));
+    assert!(source.is_claimed());
+}
+
+#[test]
+fn a_claim_that_failed_leaves_no_lock() {
+    let image = image_of(&[0; 512]);
+    let source = Image::open(image.path(), Access::ReadWrite).unwrap();
+    let destination = Image::unclaimed(image.path(), Access::ReadWrite).unwrap();
+    destination.claim().unwrap_err();
+
+    drop(source);
+
+    Image::open(image.path(), Access::ReadWrite).unwrap();
+}
+
+#[test]
+fn an_image_that_grew_before_it_was_claimed_is_refused_with_both_sizes() {
+    let image = image_of(&[0; 512]);
+    let destination = Image::unclaimed(image.path(), Access::ReadWrite).unwrap();
+    image.as_file().set_len(1024).unwrap();
+
+    let refusal = destination.claim().unwrap_err().to_string();
+
+    assert!(
+        refusal.contains("had 512 bytes") && refusal.contains("has 1024 now"),
+        "{refusal}"
+    );
+    Image::open(image.path(), Access::ReadWrite).unwrap();
+}
+
+#[test]
 fn an_image_that_qemu_writes_to_is_refused_to_a_reader() {
     let image = image_of(&[0; 512]);
     let qemu = File::open(image.path()).unwrap();
