@@ -23,7 +23,7 @@ use crate::memory::base::Base;
 use crate::memory::pages::GuestPages;
 use crate::memory::tags::{TagStore, tag_store};
 use crate::terminal::Command;
-use crate::vcpu::{VcpuEvent, VcpuThreads};
+use crate::vcpu::{Throttler, VcpuEvent, VcpuThreads};
 use crate::virtio::block::{DiskError, Image};
 use crate::virtio::mmio::{MmioTransport, TransportState};
 use crate::{boot, console, memory, virtio};
@@ -467,6 +467,19 @@ where
         {
             vcpus.resume();
         }
+    }
+
+    /// A handle by which the guest gets less of the CPUs' time while it runs, at first all of it. Whatever else is done with
+    /// the machine is done as without it. [`Machine::save`] ends its effect: whoever resumes the guest then gives it all.
+    ///
+    /// # Errors
+    /// The host cannot start a thread.
+    pub fn throttler(&self) -> Result<Throttler, Error> {
+        let threads = self.vcpus.as_ref().ok_or(Error::VcpuPanicked)?;
+        threads.throttler().map_err(|source| Error::Host {
+            step: "starting the thread that throttles the guest",
+            source,
+        })
     }
 
     fn pause_devices(&mut self) {

@@ -4,9 +4,15 @@
 //! ([`RunState`]) stands in a [`Gate`]; changing it interrupts every vCPU, and a vCPU looks at the
 //! gate whenever it comes back with [`Exit::Interrupted`]: at that moment nothing of an earlier
 //! exit is left unfinished, so a paused vCPU is whole.
+//!
+//! A gate can be throttled besides: then vCPUs that the machine wants to run wait at it all the same, and are as whole there
+//! as paused ones. The two conditions know nothing of each other, so whatever the machine wants holds at every moment. The
+//! [`Throttler`] throttles the gate for a share of the time.
 
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use engine::{Exit, Interrupter, SystemEvent, Vcpu};
 
@@ -43,8 +49,20 @@ pub struct Gate {
 
 struct GateState {
     wanted: RunState,
+    /// Nobody passes for the moment who otherwise could.
+    throttled: bool,
     /// How many vCPUs wait here, or will never run again.
     parked: usize,
+}
+
+impl GateState {
+    fn holds(&self) -> bool {
+        match self.wanted {
+            RunState::Running => self.throttled,
+            RunState::Paused => true,
+            RunState::Stopped => false,
+        }
+    }
 }
 
 impl Gate {
@@ -53,6 +71,7 @@ impl Gate {
         Self {
             state: Mutex::new(GateState {
                 wanted: RunState::Paused,
+                throttled: false,
                 parked: 0,
             }),
             changed: Condvar::new(),
@@ -81,16 +100,27 @@ impl Gate {
     /// Waits until the guest may run (true) or the thread is to end (false).
     fn pass(&self) -> bool {
         let mut state = self.lock();
-        if state.wanted == RunState::Paused {
+        if state.holds() {
             state.parked += 1;
             self.parked.notify_all();
             state = self
                 .changed
-                .wait_while(state, |state| state.wanted == RunState::Paused)
+                .wait_while(state, |state| state.holds())
                 .unwrap_or_else(PoisonError::into_inner);
             state.parked -= 1;
         }
         state.wanted == RunState::Running
+    }
+
+    /// Keeps vCPUs out of the guest that may run, or does not any more. vCPUs that are in the guest must be interrupted to
+    /// notice. `false` once the threads are to end.
+    fn throttle(&self, throttled: bool) -> bool {
+        let mut state = self.lock();
+        state.throttled = throttled;
+        if !throttled {
+            self.changed.notify_all();
+        }
+        state.wanted != RunState::Stopped
     }
 
     /// Lets nobody back into the guest, and counts the calling vCPU as parked for good.
@@ -168,6 +198,22 @@ impl<V: Vcpu + 'static> VcpuThreads<V> {
         self.gate.wait_parked(self.threads.len());
     }
 
+    /// A handle by which the vCPUs get less time, at first all of it.
+    ///
+    /// # Errors
+    /// The host cannot start a thread.
+    pub fn throttler(&self) -> std::io::Result<Throttler> {
+        let (gate, interrupters) = (self.gate.clone(), self.interrupters.clone());
+        let (shares, wanted) = mpsc::channel();
+        let thread = thread::Builder::new()
+            .name("tv-throttle".into())
+            .spawn(move || throttle(&gate, &interrupters, &wanted))?;
+        Ok(Throttler {
+            shares: Some(shares),
+            thread: Some(thread),
+        })
+    }
+
     /// Ends the threads and gives the vCPUs back, in order, without those whose threads panicked.
     pub fn stop(mut self) -> Vec<V> {
         self.end()
@@ -194,6 +240,77 @@ impl<V: Vcpu> VcpuThreads<V> {
 impl<V: Vcpu> Drop for VcpuThreads<V> {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+/// How often vCPUs are kept out of the guest: long against what stopping them costs, short against what people notice.
+const THROTTLE_PERIOD: Duration = Duration::from_millis(20);
+
+/// Gives the vCPUs of some threads less time, while they run. It decides only about vCPUs that the machine wants to run,
+/// and ends with those threads. Dropping it gives the vCPUs all their time again.
+pub struct Throttler {
+    /// `None` only while it is dropped.
+    shares: Option<mpsc::Sender<u8>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Throttler {
+    /// Keeps the vCPUs out of the guest for so many hundredths of each period of 20 ms; more than 99 is 99.
+    pub fn set(&self, percent: u8) {
+        if let Some(shares) = &self.shares {
+            // Nobody hears it once the threads have ended.
+            let _ = shares.send(percent.min(99));
+        }
+    }
+}
+
+impl Drop for Throttler {
+    fn drop(&mut self) {
+        drop(self.shares.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Throttles until the shares end, or the vCPUs' threads do.
+fn throttle<I: Interrupter>(gate: &Gate, interrupters: &[I], shares: &mpsc::Receiver<u8>) {
+    while let Ok(mut percent) = shares.recv() {
+        while percent != 0 {
+            match throttle_once(gate, interrupters, shares, percent) {
+                Ok(wanted) => percent = wanted,
+                Err(Ended) => return,
+            }
+        }
+    }
+}
+
+/// Nobody is left to be throttled, or nobody who wants it.
+struct Ended;
+
+/// Throttles for one period, or until another share is wanted. Returns the share for the next one.
+fn throttle_once<I: Interrupter>(
+    gate: &Gate,
+    interrupters: &[I],
+    shares: &mpsc::Receiver<u8>,
+    percent: u8,
+) -> Result<u8, Ended> {
+    let out = THROTTLE_PERIOD * u32::from(percent) / 100;
+    if !gate.throttle(true) {
+        return Err(Ended);
+    }
+    for interrupter in interrupters {
+        interrupter.interrupt();
+    }
+    let mut wanted = shares.recv_timeout(out);
+    gate.throttle(false);
+    if wanted == Err(RecvTimeoutError::Timeout) {
+        wanted = shares.recv_timeout(THROTTLE_PERIOD - out);
+    }
+    match wanted {
+        Ok(percent) => Ok(percent),
+        Err(RecvTimeoutError::Timeout) => Ok(percent),
+        Err(RecvTimeoutError::Disconnected) => Err(Ended),
     }
 }
 
@@ -392,6 +509,137 @@ mod tests {
         assert!(matches!(event, VcpuEvent::System(SystemEvent::Off)));
         assert_eq!(runs.load(Ordering::SeqCst), 100);
         assert!(events.try_recv().is_err());
+    }
+
+    /// Throttled by hand, for as long as a test likes.
+    fn throttle_now(threads: &VcpuThreads<Counter>) {
+        threads.gate.throttle(true);
+        threads.interrupters.iter().for_each(Interrupter::interrupt);
+        threads.gate.wait_parked(threads.len());
+    }
+
+    fn runs_within(runs: &AtomicU64, time: Duration) -> u64 {
+        let before = runs.load(Ordering::SeqCst);
+        thread::sleep(time);
+        runs.load(Ordering::SeqCst) - before
+    }
+
+    const A_WHILE: Duration = Duration::from_millis(20);
+
+    #[test]
+    fn a_throttled_vcpu_waits_until_it_is_throttled_no_more() {
+        let (threads, runs, _events) = started(u64::MAX);
+        threads.resume();
+        wait_for_more_runs(&runs);
+
+        throttle_now(&threads);
+        let throttled = runs_within(&runs, A_WHILE);
+        threads.gate.throttle(false);
+
+        assert_eq!(throttled, 0);
+        wait_for_more_runs(&runs);
+    }
+
+    #[test]
+    fn a_vcpu_that_is_paused_while_it_is_throttled_stays_so_when_that_ends() {
+        let (threads, runs, _events) = started(u64::MAX);
+        threads.resume();
+        throttle_now(&threads);
+
+        threads.pause();
+        threads.gate.throttle(false);
+        let paused = runs_within(&runs, A_WHILE);
+        threads.resume();
+
+        assert_eq!(paused, 0);
+        wait_for_more_runs(&runs);
+    }
+
+    #[test]
+    fn a_vcpu_that_is_resumed_while_it_is_throttled_runs_when_that_ends() {
+        let (threads, runs, _events) = started(u64::MAX);
+        throttle_now(&threads);
+
+        threads.resume();
+        let throttled = runs_within(&runs, A_WHILE);
+        threads.gate.throttle(false);
+
+        assert_eq!(throttled, 0);
+        wait_for_more_runs(&runs);
+    }
+
+    #[test]
+    fn throttled_threads_stop() {
+        let (threads, _runs, _events) = started(u64::MAX);
+        threads.resume();
+        throttle_now(&threads);
+
+        assert_eq!(threads.stop().len(), 1);
+    }
+
+    #[test]
+    fn a_throttler_takes_its_share_of_the_time_and_gives_it_back() {
+        let window = Duration::from_millis(100);
+        let (threads, runs, _events) = started(u64::MAX);
+        threads.resume();
+        let best = |_| runs_within(&runs, window);
+        let free = (0..3).map(best).max().unwrap();
+
+        let throttler = threads.throttler().unwrap();
+        throttler.set(90);
+        let throttled = (0..3).map(best).min().unwrap();
+        throttler.set(0);
+        let again = (0..3).map(best).max().unwrap();
+
+        assert!(throttled > 0);
+        assert!(throttled < free / 3, "{throttled} of {free}");
+        assert!(again > 2 * throttled, "{throttled}, then {again}");
+    }
+
+    #[test]
+    fn a_throttler_that_is_dropped_lets_the_vcpus_go() {
+        let (threads, runs, _events) = started(u64::MAX);
+        threads.resume();
+        let throttler = threads.throttler().unwrap();
+        throttler.set(99);
+        wait_for_more_runs(&runs);
+
+        drop(throttler);
+
+        assert!(!threads.gate.lock().throttled);
+        wait_for_more_runs(&runs);
+    }
+
+    #[test]
+    fn under_a_throttler_paused_is_paused_at_every_moment() {
+        let (threads, runs, _events) = started(u64::MAX);
+        let throttler = threads.throttler().unwrap();
+        throttler.set(50);
+
+        for moment in 0..100 {
+            threads.resume();
+            thread::sleep(Duration::from_micros(moment * 7));
+            threads.pause();
+            assert_eq!(runs_within(&runs, Duration::from_micros(500)), 0);
+        }
+    }
+
+    #[test]
+    fn a_throttler_ends_with_the_threads_that_it_was_made_for() {
+        let (threads, runs, _events) = started(u64::MAX);
+        threads.resume();
+        let throttler = threads.throttler().unwrap();
+        throttler.set(99);
+        wait_for_more_runs(&runs);
+
+        let vcpus = threads.stop();
+        let thread = throttler.thread.as_ref().unwrap();
+        while !thread.is_finished() {
+            thread::yield_now();
+        }
+        throttler.set(50);
+
+        assert_eq!(vcpus.len(), 1);
     }
 
     #[test]
