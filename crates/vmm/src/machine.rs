@@ -5,8 +5,8 @@ pub mod cpu;
 pub mod snapshot;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use engine::{GicState, Hypervisor, SystemEvent, Vcpu, VcpuState, Vm, VmBuilder};
 use mte::{MteFeatures, MteLevel};
@@ -26,6 +26,7 @@ use crate::terminal::Command;
 use crate::vcpu::{Throttler, VcpuEvent, VcpuThreads};
 use crate::virtio::block::{DiskError, Image};
 use crate::virtio::mmio::{MmioTransport, TransportState};
+use crate::virtio::net::{Announcement, Announcer};
 use crate::{boot, console, memory, virtio};
 use assembly::{MachinePort, SpiLine, Start};
 
@@ -261,6 +262,8 @@ pub struct Machine<H: Hypervisor> {
     generation: Generation<SpiLine<VmOf<H>>>,
     virtio: Vec<Arc<MmioTransport>>,
     disks: Vec<Arc<Image>>,
+    announcers: Arc<[Announcer]>,
+    announcement: Mutex<Option<Announcement>>,
     running: Running,
     events: Receiver<Event>,
     /// An event that was seen before it could be acted on.
@@ -369,6 +372,8 @@ where
             generation: parts.generation,
             virtio: parts.virtio,
             disks: parts.disks,
+            announcers: parts.announcers,
+            announcement: Mutex::default(),
             events,
             seen: None,
             sender,
@@ -631,6 +636,29 @@ where
             self.claim_disks()?;
         }
         Ok(released?)
+    }
+
+    /// Tells the network that the guest is here, which was elsewhere until now: on each interface, at once and four times
+    /// more within a second, by frames of its address, and by its own announcement where its driver can make one. For a guest
+    /// that runs again after it has moved; what is being told of an earlier call is told no more.
+    ///
+    /// # Errors
+    /// The host cannot start a thread. A link that takes no frames is logged.
+    pub fn announce(&self) -> Result<(), Error> {
+        if self.announcers.is_empty() {
+            return Ok(());
+        }
+        let started = Announcement::start(self.announcers.clone());
+        let announcement = started.map_err(|source| Error::Host {
+            step: "starting the thread that announces the guest",
+            source,
+        })?;
+        let mut current = self
+            .announcement
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *current = Some(announcement);
+        Ok(())
     }
 
     /// Whether the guest ended the machine, or cannot go on, and [`Machine::run`] has yet to say so.

@@ -27,7 +27,7 @@ use crate::terminal::Command;
 use crate::virtio::block::{Access, Block, DiskError, Image, OverlayPlace, Serial};
 use crate::virtio::console::{Console as VirtioConsole, Port};
 use crate::virtio::mmio::MmioTransport;
-use crate::virtio::net::{MacAddr, Net, Tap, TapSource};
+use crate::virtio::net::{Announcer, MacAddr, Net, Tap, TapSource};
 use crate::virtio::rng::Rng;
 use crate::virtio::{IrqLine, VirtioDevice};
 
@@ -41,6 +41,7 @@ pub(super) struct Parts<H: Hypervisor> {
     pub generation: Generation<SpiLine<VmOf<H>>>,
     pub virtio: Vec<Arc<MmioTransport>>,
     pub disks: Vec<Arc<Image>>,
+    pub announcers: Arc<[Announcer]>,
     pub mte: Option<MteFeatures>,
     pub vm: Arc<VmOf<H>>,
     pub memory: GuestMemory,
@@ -97,7 +98,14 @@ pub(super) fn assemble<H: Hypervisor>(
 
     let mut bus = Bus::default();
     let disks = open_disks(config, start)?;
-    let virtio = add_virtio(&mut bus, virtio_devices(config, &disks)?, &vm, &memory)?;
+    let nets = net_devices(config)?;
+    let announcers = nets.iter().map(Net::announcer).collect();
+    let virtio = add_virtio(
+        &mut bus,
+        virtio_devices(config, &disks, nets)?,
+        &vm,
+        &memory,
+    )?;
     let first = match start {
         Start::Boot => FirstState::Reset,
         Start::Awaiting | Start::Restored | Start::Cloned(_) => FirstState::Awaited,
@@ -134,6 +142,7 @@ pub(super) fn assemble<H: Hypervisor>(
         generation,
         virtio,
         disks,
+        announcers,
         mte,
         vm,
         memory,
@@ -266,13 +275,14 @@ fn affinities(vcpus: &[impl Vcpu]) -> Result<Vec<u64>, Error> {
 fn virtio_devices(
     config: &MachineConfig,
     disks: &[Arc<Image>],
+    nets: Vec<Net<Tap>>,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for (index, (disk, image)) in config.disk.iter().zip(disks).enumerate() {
         devices.push(Box::new(block_device(index, disk, image.clone())?));
     }
-    for (index, net) in config.net.iter().enumerate() {
-        devices.push(Box::new(net_device(index, net)?));
+    for net in nets {
+        devices.push(Box::new(net));
     }
     if !config.port.is_empty() {
         let ports = config
@@ -347,6 +357,11 @@ fn block_device(index: usize, disk: &DiskConfig, image: Arc<Image>) -> Result<Bl
         .transpose()?
         .unwrap_or_default();
     Ok(Block::new(format!("disk{index}"), image, serial))
+}
+
+fn net_devices(config: &MachineConfig) -> Result<Vec<Net<Tap>>, Error> {
+    let nets = config.net.iter().enumerate();
+    nets.map(|(index, net)| net_device(index, net)).collect()
 }
 
 fn net_device(index: usize, net: &NetConfig) -> Result<Net<Tap>, Error> {

@@ -308,7 +308,9 @@ impl MmioTransport {
         registers.driver_features_select = state.driver_features_select;
         registers.driver_features = state.driver_features;
         registers.queue_select = state.queue_select;
+        let queues = registers.queues.len();
         registers.queues.clone_from(&state.queues);
+        registers.queues.resize(queues, QueueState::default());
         self.interrupt.replace(Signals {
             status: state.interrupt_status,
             needs_reset: state.status & NEEDS_RESET != 0,
@@ -701,8 +703,8 @@ impl Registers {
                 state.device_id
             ));
         }
-        if state.queues.len() != self.queues.len() {
-            let (saved, here) = (state.queues.len(), self.queues.len());
+        let (saved, here) = (state.queues.len(), self.queues.len());
+        if !(self.device.least_queues()..=here).contains(&saved) {
             return Err(format!(
                 "the saved device has {saved} queues, this one {here}"
             ));

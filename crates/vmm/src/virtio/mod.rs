@@ -76,6 +76,11 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// The largest size of each queue: powers of two, at most 32768.
     fn queue_sizes(&self) -> &[u16];
+    /// How many queues it had in the earliest saved states that it takes up. Later ones come last, and nothing of a guest
+    /// that never saw them is in them.
+    fn least_queues(&self) -> usize {
+        self.queue_sizes().len()
+    }
     /// Reads configuration space. Bytes past its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes configuration space. Most devices have nothing to write.

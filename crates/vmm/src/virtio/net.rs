@@ -5,7 +5,10 @@
 //! buffers straight into the tap, and from the tap through one buffer of its own into the guest
 //! (`receive`), since how many of the guest's buffers a frame needs is known only once it was read.
 //! A frame that finds no buffer waits, and the frames behind it wait in the tap.
+//!
+//! A third queue is for the driver's commands, of which there is one: that it has announced its guest (`announce`).
 
+mod announce;
 mod error;
 mod mac;
 mod receive;
@@ -20,10 +23,12 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
-    VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO,
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_ERR, VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_OK,
     VIRTIO_NET_S_LINK_UP,
 };
 use virtio_queue::{Queue, QueueT};
@@ -33,8 +38,10 @@ use super::chain::Chain;
 use super::worker::{self, Handler, HandlerError, Outcome, Poll, Progress, Worker};
 use super::{Activation, Interrupt, VirtioDevice, read_config_space};
 use crate::memory::GuestRam;
+use announce::OwnAnnouncement;
 use receive::Placed;
 
+pub use announce::{Announcement, Announcer};
 pub use error::NetError;
 pub use mac::MacAddr;
 pub use tap::{Offloads, Tap, TapSource};
@@ -43,9 +50,11 @@ pub use tap::{Offloads, Tap, TapSource};
 pub const HEADER_LEN: usize = 12;
 
 const QUEUE_SIZE: u16 = 256;
+const CONTROL_QUEUE_SIZE: u16 = 64;
 /// Indexes of the queues.
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+const CONTROL: usize = 2;
 /// The longest that a driver may send: a header, and an Ethernet frame around 64 KiB.
 const LONGEST_SENT: usize = HEADER_LEN + 18 + (64 << 10);
 /// Room for a frame from the link, with some to spare: one that fills it was cut.
@@ -77,6 +86,7 @@ pub struct Net<L = Tap> {
     link: Arc<L>,
     mac: MacAddr,
     mtu: Option<u16>,
+    announcement: Arc<OwnAnnouncement>,
     worker: Option<Worker<Frames<L>>>,
     /// A frame read from the link that had found no room when the worker stopped.
     waiting: Vec<u8>,
@@ -101,9 +111,20 @@ impl<L: Link> Net<L> {
                 link: Arc::new(link),
                 mac,
                 mtu,
+                announcement: Arc::default(),
                 worker: None,
                 waiting: Vec::new(),
             }),
+        }
+    }
+
+    /// Tells the network where the guest is.
+    pub fn announcer(&self) -> Announcer {
+        Announcer {
+            name: self.name.clone(),
+            link: self.link.clone(),
+            mac: self.mac,
+            own: self.announcement.clone(),
         }
     }
 }
@@ -122,6 +143,8 @@ impl<L: Link> VirtioDevice for Net<L> {
         let mut features = bits(&[
             VIRTIO_NET_F_MAC,
             VIRTIO_NET_F_STATUS,
+            VIRTIO_NET_F_CTRL_VQ,
+            VIRTIO_NET_F_GUEST_ANNOUNCE,
             VIRTIO_NET_F_MRG_RXBUF,
             VIRTIO_NET_F_CSUM,
             VIRTIO_NET_F_HOST_TSO4,
@@ -146,14 +169,20 @@ impl<L: Link> VirtioDevice for Net<L> {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE, QUEUE_SIZE]
+        &[QUEUE_SIZE, QUEUE_SIZE, CONTROL_QUEUE_SIZE]
+    }
+
+    /// The control queue came later.
+    fn least_queues(&self) -> usize {
+        CONTROL
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         // struct virtio_net_config: address, status, pairs of queues, MTU.
         let mut config = [0; 12];
         config[..6].copy_from_slice(&self.mac.bytes());
-        config[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        let status = VIRTIO_NET_S_LINK_UP as u16 | self.announcement.status();
+        config[6..8].copy_from_slice(&status.to_le_bytes());
         config[8..10].copy_from_slice(&1_u16.to_le_bytes());
         config[10..].copy_from_slice(&self.mtu.unwrap_or_default().to_le_bytes());
         read_config_space(&config, offset, data);
@@ -163,6 +192,7 @@ impl<L: Link> VirtioDevice for Net<L> {
         self.link
             .set_offloads(Offloads::from_features(activation.features))?;
         let merge = activation.has_feature(VIRTIO_NET_F_MRG_RXBUF);
+        let announces = activation.has_feature(VIRTIO_NET_F_GUEST_ANNOUNCE);
         let Activation {
             memory,
             queues,
@@ -179,6 +209,7 @@ impl<L: Link> VirtioDevice for Net<L> {
             memory,
             queues,
             interrupt: Arc::clone(&interrupt),
+            announcement: Arc::clone(&self.announcement),
             merge,
             frame,
             frame_len,
@@ -188,13 +219,16 @@ impl<L: Link> VirtioDevice for Net<L> {
             watched: EventSet::empty(),
             failed: false,
         };
-        let worker = Worker::start(&self.name, handler, kicks, interrupt)
+        let worker = Worker::start(&self.name, handler, kicks, Arc::clone(&interrupt))
             .map_err(|not_started| not_started.error)?;
         self.worker = Some(worker);
+        self.announcement
+            .set_interrupt(announces.then_some(interrupt));
         Ok(())
     }
 
     fn deactivate(&mut self) -> Option<Vec<Queue>> {
+        self.announcement.set_interrupt(None);
         let mut handler = self.worker.take()?.stop();
         handler.frame.truncate(handler.frame_len);
         self.waiting = handler.frame;
@@ -202,6 +236,7 @@ impl<L: Link> VirtioDevice for Net<L> {
     }
 
     fn reset(&mut self) {
+        self.announcement.settle();
         self.waiting.clear();
     }
 }
@@ -213,6 +248,7 @@ struct Frames<L> {
     memory: Arc<GuestRam>,
     queues: Vec<Queue>,
     interrupt: Arc<dyn Interrupt>,
+    announcement: Arc<OwnAnnouncement>,
     /// A frame may fill several buffers.
     merge: bool,
     /// The frame on its way to the guest is the first `frame_len` bytes; none when that is zero.
@@ -235,6 +271,7 @@ impl<L: Link> Handler for Frames<L> {
         let progress = match index {
             RECEIVE => self.receive()?,
             TRANSMIT => self.transmit()?,
+            CONTROL => self.obey()?,
             _ => Progress::Done,
         };
         self.watch(poll)?;
@@ -350,6 +387,36 @@ impl<L: Link> Frames<L> {
             ));
         }
         Ok(progress)
+    }
+
+    /// Takes the driver's commands (virtio 1.2, 5.1.6.5): class, command, and room for the answer.
+    fn obey(&mut self) -> Result<Progress, HandlerError> {
+        const ANNOUNCED: [u8; 2] = [
+            VIRTIO_NET_CTRL_ANNOUNCE as u8,
+            VIRTIO_NET_CTRL_ANNOUNCE_ACK as u8,
+        ];
+        let memory = &*self.memory;
+        let announcement = &self.announcement;
+        worker::serve(
+            &mut self.queues[CONTROL],
+            memory,
+            &*self.interrupt,
+            |descriptors| {
+                let head = descriptors.head_index();
+                let chain = Chain::parse(memory, descriptors)
+                    .map_err(|why| HandlerError::chain(head, &why))?;
+                let mut command = [u8::MAX; 2];
+                chain.readable.copy_to(&mut command);
+                let answer = if command == ANNOUNCED {
+                    announcement.settle();
+                    VIRTIO_NET_OK
+                } else {
+                    VIRTIO_NET_ERR
+                };
+                let written = chain.writable.copy_from(&[answer as u8]);
+                Ok(Outcome::Used(written as u32))
+            },
+        )
     }
 
     fn lose_link(&mut self, why: &str) {

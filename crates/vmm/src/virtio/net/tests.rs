@@ -11,12 +11,15 @@ use std::thread;
 use std::time::Duration;
 
 use proptest::prelude::*;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::virtio::mmio::MmioTransport;
 use crate::virtio::testing::{
-    BUFFERS, CountedInterrupt, DriverQueue, RAM_SIZE, RAM_START, WRITE, activation, ram, wait_until,
+    BUFFERS, CountedInterrupt, DriverQueue, FakeLine, RAM_SIZE, RAM_START, WRITE, activation,
+    bring_up, ram, wait_until,
 };
 
 const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
@@ -775,6 +778,124 @@ fn a_tap_opened_by_another_program_is_taken_over_with_its_name() {
 
         assert_eq!(tap.name(), "tap0");
     });
+}
+
+#[test]
+fn a_guest_that_moved_is_announced_by_rarp_frames_of_its_address() {
+    let (net, far, _offloads) = interface();
+
+    let _announcement = Announcement::start([net.announcer()].into()).unwrap();
+    let frames = [(); 5].map(|()| receive_from(&far));
+
+    let frame = &frames[0][HEADER_LEN..];
+    let mac = mac().bytes();
+    assert_eq!(frames[0][..HEADER_LEN], [0; HEADER_LEN]);
+    assert_eq!(frame.len(), 60);
+    assert_eq!(frame[..6], [0xff; 6]);
+    assert_eq!(frame[6..12], mac);
+    assert_eq!(frame[12..22], [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+    assert_eq!((&frame[22..28], &frame[32..38]), (&mac[..], &mac[..]));
+    assert!(frames.iter().all(|other| *other == frames[0]));
+    assert!(!is_readable(&far));
+}
+
+#[test]
+fn an_announcement_ends_when_it_is_dropped() {
+    let (net, far, _offloads) = interface();
+    let announcement = Announcement::start([net.announcer()].into()).unwrap();
+    receive_from(&far);
+
+    drop(announcement);
+    let sent_by_then = std::iter::from_fn(|| is_readable(&far).then(|| receive_from(&far))).count();
+    thread::sleep(Duration::from_millis(200));
+
+    assert!(sent_by_then < 4);
+    assert!(!is_readable(&far));
+}
+
+fn status(net: &Net<SocketLink>) -> u8 {
+    let mut status = [0; 2];
+    net.read_config(6, &mut status);
+    assert_eq!(status[1], 0);
+    status[0]
+}
+
+#[test]
+fn a_driver_that_can_is_asked_for_its_own_announcement_until_it_has_made_it() {
+    let (net, _far, _offloads) = interface();
+    let mut driver = Driver::idle(net);
+    let mut control = DriverQueue::new(&driver.memory, CONTROL, 16);
+    let features = 1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
+    let queues = [0, 1].map(|index| DriverQueue::new(&driver.memory, index, 256));
+    let (mut activation, _kicks) = activation(&driver.memory, &queues, &driver.interrupt, features);
+    let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    activation.queues.push(control.device_queue());
+    activation.kicks.push(kick.try_clone().unwrap());
+    driver.net.activate(activation).unwrap();
+    let mut command = |bytes: [u8; 2]| {
+        let memory = &driver.memory;
+        memory.write_slice(&bytes, GuestAddress(BUFFERS)).unwrap();
+        control.add(&[(BUFFERS, 2, 0), (BUFFERS + 8, 1, WRITE)]);
+        kick.write(1).unwrap();
+        wait_until("the command is obeyed", || {
+            control.used_index() == control.available()
+        });
+        driver
+            .memory
+            .read_obj::<u8>(GuestAddress(BUFFERS + 8))
+            .unwrap()
+    };
+
+    let before = status(&driver.net);
+    let _announcement = Announcement::start([driver.net.announcer()].into()).unwrap();
+    wait_until("the driver is asked", || {
+        driver.interrupt.config.load(Ordering::SeqCst) == 5
+    });
+    let asked = status(&driver.net);
+    let unknown = command([3, 1]);
+    let still = status(&driver.net);
+    let known = command([3, 0]);
+
+    assert_eq!((before, asked, still, status(&driver.net)), (1, 3, 3, 1));
+    assert_eq!((unknown, known), (1, 0));
+}
+
+#[test]
+fn a_driver_that_cannot_announce_itself_is_not_asked() {
+    let (net, far, _offloads) = interface();
+    let driver = Driver::started(net, MERGE);
+
+    let _announcement = Announcement::start([driver.net.announcer()].into()).unwrap();
+    receive_from(&far);
+
+    assert_eq!(status(&driver.net), 1);
+    assert_eq!(driver.interrupt.config.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_guest_that_was_saved_when_there_was_no_control_queue_goes_on() {
+    let (net, ..) = interface();
+    let (other, ..) = interface();
+    let memory = ram();
+    let transport = |net| {
+        let line = Arc::new(FakeLine::default());
+        MmioTransport::new(Box::new(net), memory.clone(), line).unwrap()
+    };
+    let (saved, restored) = (transport(net), transport(other));
+    let queues = [0, 1].map(|index| DriverQueue::new(&memory, index, 256));
+    bring_up(&saved, 1 << VIRTIO_F_VERSION_1 | MERGE, &queues);
+    saved.pause();
+    let mut state = saved.state().unwrap();
+    state.queues.truncate(2);
+
+    restored.restore(&state).unwrap();
+    restored.resume().unwrap();
+    restored.pause();
+
+    let again = restored.state().unwrap();
+    assert_eq!(again.queues[..2], state.queues);
+    assert_eq!(again.queues.len(), 3);
+    assert_eq!(again.status, state.status);
 }
 
 #[test]
