@@ -2,6 +2,8 @@
 
 mod assembly;
 pub mod cpu;
+mod dirty_log;
+pub mod migration;
 pub mod snapshot;
 
 use std::io;

@@ -204,6 +204,7 @@ pub struct GuestMemory {
     host_address: NonNull<u8>,
     tag_mapping: Option<TagMapping>,
     populated: Populated,
+    plan: MemoryPlan,
 }
 
 // SAFETY: the addresses are of mappings that live as long as this value; access to them is through
@@ -258,7 +259,7 @@ impl GuestMemory {
                 page_map(&region).map_err(|e| host("opening /proc/self/pagemap", e))?,
             ),
         };
-        Self::of_region(region, tag_mapping, populated).map_err(|e| host("placing it", e))
+        Self::of_region(region, tag_mapping, populated, plan).map_err(|e| host("placing it", e))
     }
 
     /// RAM that shares the pages of `base`, data and tags, until they are written. It has no tag mapping: what is
@@ -282,7 +283,12 @@ impl GuestMemory {
         let own = page_map(&region).map_err(|e| host("opening /proc/self/pagemap", e))?;
         let base = base.file().try_clone();
         let base = base.map_err(|e| host("keeping the base of a clone", e))?;
-        Self::of_region(region, None, Populated::Clone { base, own })
+        let plan = MemoryPlan {
+            memory_file: false,
+            huge_pages: false,
+            tags: None,
+        };
+        Self::of_region(region, None, Populated::Clone { base, own }, plan)
             .map_err(|e| host("placing it", e))
     }
 
@@ -290,6 +296,7 @@ impl GuestMemory {
         region: vm_memory::MmapRegion<AtomicBitmap>,
         tag_mapping: Option<TagMapping>,
         populated: Populated,
+        plan: MemoryPlan,
     ) -> io::Result<Self> {
         let size = region.size() as u64;
         let host_address = NonNull::new(region.as_ptr()).ok_or(io::ErrorKind::OutOfMemory)?;
@@ -302,7 +309,13 @@ impl GuestMemory {
             host_address,
             tag_mapping,
             populated,
+            plan,
         })
+    }
+
+    /// What stands behind it. A clone's has no file that a page could be written to unseen.
+    pub const fn plan(&self) -> MemoryPlan {
+        self.plan
     }
 
     /// The populated ranges of guest-physical addresses within `range`, which is whole pages of RAM, the lowest first.

@@ -27,20 +27,21 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use engine::{Hypervisor, Memslot, Vcpu, Vm};
+use engine::{Hypervisor, Vcpu, Vm};
 use mte::TagPage;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use stream::{
-    Batch, Chunk, Compression, Cursor, Encoder, Header, Identity, Page, PageSource, ReadAt,
-    Sending, Snapshot, State, StreamReader, StreamWriter, send, send_changes,
+    Batch, Chunk, Compression, Cursor, Encoder, Header, Identity, Only, Page, PageSet, PageSource,
+    ReadAt, Sending, Snapshot, State, StreamReader, StreamWriter, send, send_changes,
 };
 use tempfile::NamedTempFile;
 
-use super::{Machine, MachineState, VcpuOf, VmOf, cpu};
+use super::dirty_log::DirtyLog;
+use super::{Machine, MachineState, VcpuOf, cpu};
 use crate::config::{DiskConfig, MachineConfig, OverlayConfig};
 use crate::memory::base::Base;
-use crate::memory::dirty::{DirtyPages, DirtySource};
+use crate::memory::dirty::dirty_pages;
 use crate::memory::pages::GuestPages;
 #[cfg(target_arch = "aarch64")]
 use crate::memory::tags::AliasTags;
@@ -48,10 +49,10 @@ use crate::memory::tags::TagStore;
 use crate::memory::{GuestMemory, MemoryPlan};
 
 /// The version of the states' formats.
-const STATE_VERSION: u32 = 1;
-const CONFIG: &str = "config";
-const PLATFORM: &str = "platform";
-const MACHINE: &str = "machine";
+pub(super) const STATE_VERSION: u32 = 1;
+pub(super) const CONFIG: &str = "config";
+pub(super) const PLATFORM: &str = "platform";
+pub(super) const MACHINE: &str = "machine";
 const DISKS: &str = "disks";
 
 /// So few pages that it pays to stop the guest for them, rather than to go through them while it runs: 8 MiB.
@@ -300,7 +301,7 @@ impl SavedMachine {
     }
 }
 
-const ARCHITECTURE: &str = "aarch64";
+pub(super) const ARCHITECTURE: &str = "aarch64";
 
 fn parse<T: DeserializeOwned>(
     states: &[(String, u32, Vec<u8>)],
@@ -498,47 +499,6 @@ impl Progress {
     }
 }
 
-/// The dirty log, on as long as this lives.
-struct DirtyLog<V: Vm> {
-    vm: Arc<V>,
-    memory: Arc<GuestMemory>,
-}
-
-impl<V: Vm> DirtyLog<V> {
-    /// Turns the log on, with nothing in it.
-    fn start(vm: Arc<V>, memory: Arc<GuestMemory>) -> engine::Result<Self> {
-        let log = Self { vm, memory };
-        log.set(true)?;
-        log.memory.take_vmm_writes();
-        Ok(log)
-    }
-
-    fn set(&self, on: bool) -> engine::Result<()> {
-        let slot = Memslot {
-            log_dirty: on,
-            ..self.memory.memslot()
-        };
-        // SAFETY: the same memory as before, which the machine keeps for as long as the slot exists.
-        unsafe { self.vm.set_memslot(&slot) }
-    }
-
-    /// What changed since the last call.
-    fn take(&self) -> Result<DirtyPages, super::Error> {
-        let mut dirty = DirtyPages::none(self.memory.size());
-        dirty.add_host_pages(&self.vm.take_dirty_log(self.memory.memslot().slot)?);
-        dirty.add_pages(&self.memory.take_vmm_writes());
-        Ok(dirty)
-    }
-}
-
-impl<V: Vm> Drop for DirtyLog<V> {
-    fn drop(&mut self) {
-        if let Err(e) = self.set(false) {
-            tracing::warn!("the log of the guest's writes stays on, which slows it down: {e}");
-        }
-    }
-}
-
 impl<H: Hypervisor> Machine<H>
 where
     VcpuOf<H>: Vcpu + 'static,
@@ -580,11 +540,11 @@ where
         let pages = GuestPages::new(self.memory.clone(), self.tags());
         let mut writing = Writing::begin(pages, file, path, options)?;
         let log = match self.is_running() {
-            true => Some(self.log_dirty_pages()?),
+            true => Some(self.log_dirty_pages().map_err(super::Error::from)?),
             false => None,
         };
         writing.all(options.base)?;
-        let mut dirty = DirtyPages::none(self.memory.size());
+        let mut dirty = dirty_pages(self.memory.size(), &[], &[]);
         if let Some(log) = &log {
             dirty = writing.changes(log)?;
         }
@@ -595,7 +555,7 @@ where
             return Err(Error::Ended);
         }
         if let Some(log) = &log {
-            dirty.add(&log.take()?);
+            dirty.add(&log.take().map_err(super::Error::from)?);
         }
         let held = writing.last_changes(&dirty)?;
         // With nothing on its way to them.
@@ -615,8 +575,17 @@ where
         Ok((writing.end(&held, states)?, blackout))
     }
 
-    fn log_dirty_pages(&self) -> Result<DirtyLog<VmOf<H>>, super::Error> {
-        Ok(DirtyLog::start(self.vm.clone(), self.memory.clone())?)
+    /// What the guest sees of its machine.
+    pub(super) fn platform(&self) -> Platform {
+        Platform {
+            architecture: ARCHITECTURE.into(),
+            mte: self.mte.map(|mte| mte.to_string()),
+            cpu_features: cpu::features_of(&self.cpu)
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+            tagvisor: env!("CARGO_PKG_VERSION").into(),
+        }
     }
 
     /// What is saved besides memory, by name.
@@ -626,18 +595,7 @@ where
         config: &MachineConfig,
         disks: &Disks,
     ) -> [(&'static str, Vec<u8>); 4] {
-        let boot_cpu = state.vcpus.first();
-        let platform = Platform {
-            architecture: ARCHITECTURE.into(),
-            mte: self.mte.map(|mte| mte.to_string()),
-            cpu_features: boot_cpu
-                .map(cpu::features_of)
-                .unwrap_or_default()
-                .iter()
-                .map(ToString::to_string)
-                .collect(),
-            tagvisor: env!("CARGO_PKG_VERSION").into(),
-        };
+        let platform = self.platform();
         let json = |value: Result<Vec<u8>, _>| value.expect("it is made of what JSON has");
         [
             (CONFIG, json(serde_json::to_vec(config))),
@@ -696,12 +654,12 @@ impl<'a> Writing<'a> {
     }
 
     /// Writes what changes while the guest runs, until what is left is little, or does not become less. Returns that.
-    fn changes(&mut self, log: &DirtyLog<impl Vm>) -> Result<DirtyPages, Error> {
-        let mut dirty = log.take()?;
+    fn changes(&mut self, log: &DirtyLog<impl Vm>) -> Result<PageSet, Error> {
+        let mut dirty = log.take().map_err(super::Error::from)?;
         while dirty.len() > FEW && self.rounds < MAX_ROUNDS {
             let before = dirty.len();
             self.dirty(&dirty)?;
-            dirty = log.take()?;
+            dirty = log.take().map_err(super::Error::from)?;
             if dirty.len() > before / 2 {
                 break;
             }
@@ -711,19 +669,19 @@ impl<'a> Writing<'a> {
 
     /// Takes the last pages, of a guest that stands still: copies them aside, to be written when it runs again. Too many
     /// for that are written at once.
-    fn last_changes(&mut self, dirty: &DirtyPages) -> Result<Vec<Batch>, Error> {
+    fn last_changes(&mut self, dirty: &PageSet) -> Result<Vec<Batch>, Error> {
         if dirty.len() > HELD {
             self.dirty(dirty)?;
             return Ok(Vec::new());
         }
         self.rounds += u32::from(!dirty.is_empty());
-        let last = DirtySource::new(&self.pages, dirty);
+        let last = Only::new(&self.pages, dirty);
         self.expect(&last)?;
         hold(&last, self.sending.chunk_pages).map_err(stream_error(self.path))
     }
 
-    fn dirty(&mut self, dirty: &DirtyPages) -> Result<(), Error> {
-        let changed = DirtySource::new(&self.pages, dirty);
+    fn dirty(&mut self, dirty: &PageSet) -> Result<(), Error> {
+        let changed = Only::new(&self.pages, dirty);
         self.expect(&changed)?;
         self.rounds += 1;
         send(&changed, &mut self.writer, &self.sending).map_err(stream_error(self.path))

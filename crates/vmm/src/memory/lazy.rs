@@ -266,13 +266,18 @@ pub struct Options {
     pub replace: bool,
 }
 
+impl Options {
+    /// Four threads for faults, one for the rest, into memory that nobody has touched.
+    pub const DEFAULT: Self = Self {
+        fault_threads: NonZeroUsize::MIN.saturating_add(3),
+        background_threads: NonZeroUsize::MIN,
+        replace: false,
+    };
+}
+
 impl Default for Options {
     fn default() -> Self {
-        Self {
-            fault_threads: NonZeroUsize::MIN.saturating_add(3),
-            background_threads: NonZeroUsize::MIN,
-            replace: false,
-        }
+        Self::DEFAULT
     }
 }
 

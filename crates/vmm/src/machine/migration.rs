@@ -1,0 +1,383 @@
+//! Machines as the two ends of a live migration (`migration`).
+//!
+//! | state | when | what |
+//! |---|---|---|
+//! | `config` | offered | the [`MachineConfig`], JSON |
+//! | `platform` | offered | what the guest sees of its machine ([`Platform`]), JSON |
+//! | `cpu` | offered | the ID registers that the guest sees, JSON |
+//! | `machine` | handed over | all but memory ([`MachineState`]), JSON |
+//! | `life` | handed over | whether the guest ran ([`Life`]), JSON |
+//!
+//! The destination builds its machine from what is offered, before a page is sent: whatever it cannot have is refused by name, and
+//! nothing is left to be built while the guest stands still. Disks are opened there without their locks, which the source gives up
+//! when its guest has stopped.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ::migration::{Arriving, Departing, MachineError, Peer, SavedState};
+use engine::{Hypervisor, Vcpu, VcpuState};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use stream::{Batch, Metadata, PageSet};
+
+use super::dirty_log::DirtyLog;
+use super::snapshot::{ARCHITECTURE, CONFIG, MACHINE, PLATFORM, Platform, STATE_VERSION};
+use super::{Machine, MachineState, VcpuOf, VmOf};
+use crate::config::{MachineConfig, OverlayConfig};
+use crate::layout::{PAGE_SIZE, RAM_START};
+use crate::memory::lazy::{self, ChunkReader, Event, LazyFill, PageProvider};
+use crate::memory::pages::GuestPages;
+use crate::vcpu::Throttler;
+
+const CPU: &str = "cpu";
+const LIFE: &str = "life";
+
+/// How pages are fetched while the guest runs: so many that it waits for, and so many that it does not, at once.
+const FETCHING: lazy::Options = lazy::Options {
+    replace: true,
+    ..lazy::Options::DEFAULT
+};
+
+/// Why a machine cannot leave, or come.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A disk whose contents would be lost.
+    #[error(
+        "disk {0} has an overlay without a name, which is a file of this process alone; start the machine with overlay=FILE on \
+         storage that both hosts have"
+    )]
+    TemporaryOverlay(PathBuf),
+    /// The guest ended its machine.
+    #[error("the guest ended its machine while it was migrated")]
+    Ended,
+    /// What was sent lacks something.
+    #[error("what was sent has no state `{0}`: the source is no Tagvisor of this version")]
+    StateMissing(&'static str),
+    /// A state of a version that this Tagvisor does not know.
+    #[error(
+        "the state `{name}` that was sent has version {version}, this Tagvisor reads version {STATE_VERSION}"
+    )]
+    StateVersion {
+        /// Which.
+        name: &'static str,
+        /// Its version.
+        version: u32,
+    },
+    /// A state says nothing.
+    #[error("the state `{name}` that was sent is wrong: {source}")]
+    State {
+        /// Which.
+        name: &'static str,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+    /// It is of another kind of machine.
+    #[error("the guest's machine has architecture {0}, this Tagvisor has {ARCHITECTURE}")]
+    Architecture(String),
+    /// The guest has tags and its memory here would not, or the other way round.
+    #[error("the guest has {sent}, a machine like it has {here} on this host")]
+    Metadata {
+        /// What the stream has.
+        sent: Metadata,
+        /// What the memory here has.
+        here: Metadata,
+    },
+    /// There is no machine yet.
+    #[error("no machine was offered")]
+    NotOffered,
+}
+
+/// What of a guest's life is not in its machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Life {
+    /// Somebody paused it: it is not to run at the destination before somebody resumes it.
+    pub paused: bool,
+}
+
+fn saved<T: Serialize>(name: &str, value: &T) -> SavedState {
+    SavedState {
+        name: name.into(),
+        version: STATE_VERSION,
+        data: serde_json::to_vec(value).expect("it is made of what JSON has"),
+    }
+}
+
+fn parse<T: DeserializeOwned>(states: &[SavedState], name: &'static str) -> Result<T, Error> {
+    let found = states.iter().find(|state| state.name == name);
+    let state = found.ok_or(Error::StateMissing(name))?;
+    if state.version != STATE_VERSION {
+        return Err(Error::StateVersion {
+            name,
+            version: state.version,
+        });
+    }
+    serde_json::from_slice(&state.data).map_err(|source| Error::State { name, source })
+}
+
+/// A machine whose guest leaves.
+pub struct Leaving<'a, H: Hypervisor> {
+    machine: &'a mut Machine<H>,
+    config: &'a MachineConfig,
+    pages: Arc<GuestPages>,
+    ran: bool,
+    log: Option<DirtyLog<VmOf<H>>>,
+    throttler: Option<Throttler>,
+}
+
+impl<'a, H: Hypervisor> Leaving<'a, H>
+where
+    VcpuOf<H>: Vcpu + 'static,
+{
+    /// The guest of `machine`, which the destination is to build from `config`.
+    pub fn new(machine: &'a mut Machine<H>, config: &'a MachineConfig) -> Self {
+        let pages = GuestPages::new(machine.memory.clone(), machine.tags());
+        Self {
+            ran: machine.is_running(),
+            machine,
+            config,
+            pages: Arc::new(pages),
+            log: None,
+            throttler: None,
+        }
+    }
+}
+
+impl<H: Hypervisor> Departing for Leaving<'_, H>
+where
+    VcpuOf<H>: Vcpu + 'static,
+{
+    type Pages = GuestPages;
+
+    fn pages(&self) -> Arc<GuestPages> {
+        self.pages.clone()
+    }
+
+    fn offer(&mut self) -> Result<Vec<SavedState>, MachineError> {
+        for disk in &self.config.disk {
+            if disk.overlay == Some(OverlayConfig::Temporary) {
+                return Err(Error::TemporaryOverlay(disk.path.clone()).into());
+            }
+        }
+        Ok(vec![
+            saved(CONFIG, self.config),
+            saved(PLATFORM, &self.machine.platform()),
+            saved(CPU, self.machine.cpu()),
+        ])
+    }
+
+    fn watch(&mut self) -> Result<(), MachineError> {
+        self.log = Some(self.machine.log_dirty_pages()?);
+        Ok(())
+    }
+
+    fn changes(&mut self) -> Result<PageSet, MachineError> {
+        let log = self.log.as_ref().expect("it is watched before it is asked");
+        Ok(log.take()?)
+    }
+
+    fn slow(&mut self, percent: u8) {
+        if self.throttler.is_none() {
+            match self.machine.throttler() {
+                Ok(throttler) => self.throttler = Some(throttler),
+                Err(e) => tracing::warn!("the guest cannot be slowed down: {e}"),
+            }
+        }
+        if let Some(throttler) = &self.throttler {
+            throttler.set(percent);
+        }
+    }
+
+    fn stop(&mut self) -> Result<Vec<SavedState>, MachineError> {
+        let state = self.machine.save()?;
+        if self.machine.has_ended() {
+            return Err(Error::Ended.into());
+        }
+        self.machine.release_disks()?;
+        let life = Life { paused: !self.ran };
+        Ok(vec![saved(MACHINE, &state), saved(LIFE, &life)])
+    }
+
+    fn go_on(&mut self) -> Result<(), MachineError> {
+        self.throttler = None;
+        self.machine.claim_disks()?;
+        if self.ran {
+            self.machine.resume()?;
+        }
+        self.log = None;
+        Ok(())
+    }
+}
+
+/// Makes the machine that a guest comes to, from the configuration that was offered: it awaits its state.
+pub type Build<'a, H> = dyn FnMut(&MachineConfig) -> Result<Machine<H>, super::Error> + 'a;
+
+/// A machine that a guest comes to.
+pub struct Coming<'a, H: Hypervisor, E> {
+    build: &'a mut Build<'a, H>,
+    on_event: E,
+    machine: Option<(Machine<H>, Arc<GuestPages>)>,
+    /// What of the guest's life came with it.
+    life: Option<Life>,
+    fill: Option<Arc<LazyFill>>,
+}
+
+/// A guest that has come, and stands still.
+pub struct Arrived<H: Hypervisor> {
+    /// Its machine.
+    pub machine: Machine<H>,
+    /// Whether somebody had paused it.
+    pub paused: bool,
+    /// Its memory, if that is still coming.
+    pub fill: Option<Arc<LazyFill>>,
+}
+
+impl<'a, H, E> Coming<'a, H, E>
+where
+    H: Hypervisor,
+    VcpuOf<H>: Vcpu + 'static,
+    E: Fn(Event) + Clone + Send + Sync + 'static,
+{
+    /// A guest whose machine `build` makes. What happens to its memory, should some of that stay behind, is told to
+    /// `on_event`.
+    pub fn new(build: &'a mut Build<'a, H>, on_event: E) -> Self {
+        Self {
+            build,
+            on_event,
+            machine: None,
+            life: None,
+            fill: None,
+        }
+    }
+
+    /// The guest, once its state was loaded.
+    pub fn arrived(self) -> Option<Arrived<H>> {
+        let (machine, _) = self.machine?;
+        Some(Arrived {
+            machine,
+            paused: self.life?.paused,
+            fill: self.fill,
+        })
+    }
+
+    fn there(&mut self) -> Result<&mut (Machine<H>, Arc<GuestPages>), Error> {
+        self.machine.as_mut().ok_or(Error::NotOffered)
+    }
+
+    fn make(&mut self, offer: &[SavedState], sent: Metadata) -> Result<(), MachineError> {
+        let platform: Platform = parse(offer, PLATFORM)?;
+        if platform.architecture != ARCHITECTURE {
+            return Err(Error::Architecture(platform.architecture).into());
+        }
+        let guest: VcpuState = parse(offer, CPU)?;
+        let machine = (self.build)(&parse(offer, CONFIG)?)?;
+        machine.check_cpu(&guest)?;
+        let pages = GuestPages::new(machine.memory.clone(), machine.tags());
+        let here = stream::PageSink::metadata(&pages);
+        if here != sent {
+            return Err(Error::Metadata { sent, here }.into());
+        }
+        self.machine = Some((machine, Arc::new(pages)));
+        Ok(())
+    }
+}
+
+impl<H, E> Arriving for Coming<'_, H, E>
+where
+    H: Hypervisor,
+    VcpuOf<H>: Vcpu + 'static,
+    E: Fn(Event) + Clone + Send + Sync + 'static,
+{
+    type Sink = GuestPages;
+
+    fn accept(&mut self, offer: &[SavedState], metadata: Metadata) -> Result<(), MachineError> {
+        // Of an offer that came to nothing.
+        self.machine = None;
+        self.make(offer, metadata)
+    }
+
+    fn sink(&self) -> Arc<GuestPages> {
+        let (_, pages) = self
+            .machine
+            .as_ref()
+            .expect("pages come after the offer was accepted");
+        pages.clone()
+    }
+
+    fn pages(&self) -> Range<u64> {
+        let size = self.sink().memory().size();
+        RAM_START / PAGE_SIZE..(RAM_START + size) / PAGE_SIZE
+    }
+
+    fn fetches(&self) -> Result<u8, MachineError> {
+        lazy::support(self.sink().memory().plan())?;
+        let threads = FETCHING.fault_threads.get() + FETCHING.background_threads.get();
+        Ok(threads as u8)
+    }
+
+    fn load(
+        &mut self,
+        states: &[SavedState],
+        missing: Option<Arc<Peer>>,
+    ) -> Result<(), MachineError> {
+        let state: MachineState = parse(states, MACHINE)?;
+        let life: Life = parse(states, LIFE)?;
+        let on_event = self.on_event.clone();
+        let (machine, _) = self.there()?;
+        machine.load(&state)?;
+        machine.claim_disks()?;
+        let memory = machine.memory.clone();
+        self.fill = match missing {
+            Some(peer) => Some(Arc::new(LazyFill::start(
+                memory,
+                PeerPages(peer),
+                FETCHING,
+                on_event,
+            )?)),
+            None => None,
+        };
+        self.life = Some(life);
+        Ok(())
+    }
+}
+
+/// Pages that are still at the source.
+struct PeerPages(Arc<Peer>);
+
+impl PageProvider for PeerPages {
+    type Reader<'a> = PeerGroups<'a>;
+
+    fn metadata(&self) -> Metadata {
+        self.0.metadata()
+    }
+
+    fn runs(&self) -> impl Iterator<Item = (Range<u64>, u32)> {
+        self.0.runs()
+    }
+
+    fn reader(&self) -> PeerGroups<'_> {
+        PeerGroups {
+            peer: &self.0,
+            batch: Batch::new(self.0.metadata()),
+        }
+    }
+}
+
+/// Fetches groups of pages from a peer.
+struct PeerGroups<'a> {
+    peer: &'a Peer,
+    batch: Batch,
+}
+
+impl ChunkReader for PeerGroups<'_> {
+    fn read(&mut self, chunk: u32) -> stream::Result<&Batch> {
+        self.peer
+            .fetch(chunk, &mut self.batch)
+            .map_err(|error| stream::Error::Io {
+                action: "fetch pages from the source of the migration",
+                source: std::io::Error::other(error),
+            })?;
+        Ok(&self.batch)
+    }
+}
