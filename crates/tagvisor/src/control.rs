@@ -3,11 +3,16 @@
 //! A VMM has at most one machine. It is created from a configuration or restored from a snapshot, boots, pauses and
 //! goes on, and is shut down; then it can boot again, or be deleted (the life of a VM in Cloud Hypervisor's API v1).
 
+use std::num::NonZeroU8;
 use std::path::PathBuf;
+use std::time::Duration;
 
+use migration::PostCopy;
 use serde::{Deserialize, Serialize};
 use stream::Compression;
+use transport::{Address, Rate};
 use vmm::config::MachineConfig;
+use vmm::console::ConsoleConfig;
 
 /// Where a machine is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +53,28 @@ pub struct Work {
     pub pages_total: u64,
     /// Bytes written or read.
     pub bytes: u64,
+    /// What only a migration has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<MigrationWork>,
+}
+
+/// How far a migration is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationWork {
+    /// Which time memory is gone through, from 1 on.
+    pub round: u32,
+    /// Bytes of tags among those sent.
+    pub tag_bytes: u64,
+    /// Pages that can be sent in a second.
+    pub pages_per_second: u64,
+    /// Pages that the guest changes in a second.
+    pub changes_per_second: u64,
+    /// Microseconds for which the guest would stand still if it were stopped now.
+    pub expected_downtime_us: u64,
+    /// For how much of the time the guest is kept from running, in percent.
+    pub slowed: u8,
+    /// The guest runs at the destination and fetches pages from here.
+    pub post_copy: bool,
 }
 
 /// What a snapshot is to be.
@@ -89,6 +116,99 @@ pub struct RestoreRequest {
     pub lazy: bool,
     /// Let the guest stand still until it is resumed.
     pub paused: bool,
+}
+
+/// Where a guest is to go, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MigrationRequest {
+    /// Where it is received.
+    pub destination: Address,
+    /// The files of TLS, if there is to be any.
+    pub tls: Option<TlsRequest>,
+    /// Connections for pages, 1 to 64.
+    pub connections: NonZeroU8,
+    /// Whether the guest goes on before all its pages are there.
+    pub post_copy: PostCopy,
+    /// Whether it may be slowed down if it changes pages faster than they can be sent.
+    pub may_slow: bool,
+    /// How long it may stand still.
+    pub max_downtime: Duration,
+    /// How much may be sent in a second.
+    pub bandwidth: Option<Rate>,
+    /// What is made of data.
+    pub compression: Compression,
+    /// After how long it is given up, unless the guest has been handed over.
+    pub timeout: Option<Duration>,
+    /// Mend the link of a migration that was broken off after the hand-over, rather than beginning one.
+    pub recover: bool,
+}
+
+/// How the two sides of a migration prove themselves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsRequest {
+    /// A directory with certificates, keys and authorities (docs/tls.md).
+    pub directory: PathBuf,
+    /// The name that the other side's certificate must have.
+    pub peer_name: Option<String>,
+}
+
+/// From where a guest is to come, and what is different here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReceptionRequest {
+    /// Where it is waited for.
+    pub listen: Address,
+    /// The files of TLS, if there is to be any.
+    pub tls: Option<TlsRequest>,
+    /// Whether other hosts may come without TLS.
+    pub unprotected: bool,
+    /// What is different from the machine that is offered.
+    pub changes: Changes,
+}
+
+/// What of a machine is another at the host that it comes to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Its name.
+    pub name: Option<String>,
+    /// Its console.
+    pub console: Option<ConsoleConfig>,
+    /// The tap of each network interface, in order; none if they are called the same.
+    pub taps: Vec<String>,
+    /// The path of each disk's image, in order; none if they are called the same.
+    pub disks: Vec<PathBuf>,
+    /// The socket of each port, in order; none if they are called the same.
+    pub ports: Vec<PathBuf>,
+}
+
+/// What a migration came to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// How often memory was gone through.
+    pub rounds: u32,
+    /// Pages sent, each as often as it was.
+    pub pages: u64,
+    /// Pages that the destination fetched after the guest went on there.
+    pub fetched: u64,
+    /// Bytes sent.
+    pub bytes: u64,
+    /// Those of them that are tags.
+    pub tag_bytes: u64,
+    /// Microseconds from the guest's last instruction here until the destination said that it runs.
+    pub downtime_us: u64,
+    /// Microseconds from the beginning until nothing was left here.
+    pub total_us: u64,
+    /// How much the guest was slowed down at last, in percent.
+    pub slowed: u8,
+}
+
+/// Where a guest is to run of which it is not known where it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decision {
+    /// Here: it does not run at the other side, and never will.
+    Here,
+    /// At the other side, or nowhere: it is not needed here.
+    Elsewhere,
 }
 
 /// Why something that was asked for was not done.
@@ -186,6 +306,30 @@ pub trait Vmm: Send + Sync + 'static {
     /// # Errors
     /// [`Refusal::VmExists`]; [`Refusal::Failed`]. There is no machine then.
     fn restore(&self, request: RestoreRequest) -> Result<(), Refusal>;
+
+    /// Sends the guest to another host. Comes back when it is there, all of it, or stays.
+    ///
+    /// # Errors
+    /// [`Refusal::State`] if it neither runs nor is paused; [`Refusal::Failed`] says where the guest is, and what to do.
+    fn migrate(&self, request: MigrationRequest) -> Result<MigrationReport, Refusal>;
+
+    /// Gives up the migration that is on its way. What became of it tells whoever asked for it.
+    ///
+    /// # Errors
+    /// [`Refusal::Failed`] if there is none, or the guest has been handed over.
+    fn cancel_migration(&self) -> Result<(), Refusal>;
+
+    /// Decides where a guest runs whose migration was broken off when that was not known.
+    ///
+    /// # Errors
+    /// [`Refusal::Failed`] if there is nothing to decide, or it cannot be decided so.
+    fn decide_migration(&self, decision: Decision) -> Result<(), Refusal>;
+
+    /// Waits for a guest of another host. Comes back when it is here.
+    ///
+    /// # Errors
+    /// [`Refusal::VmExists`]; [`Refusal::Failed`]. There is no machine then.
+    fn receive(&self, request: ReceptionRequest) -> Result<(), Refusal>;
 
     /// Ends the machine, if there is one, and then the VMM.
     fn shut_down_vmm(&self);

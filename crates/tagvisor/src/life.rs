@@ -93,6 +93,7 @@ impl Known {
                 pages_done: progress.pages_done.load(Ordering::Relaxed),
                 pages_total: progress.pages_total.load(Ordering::Relaxed),
                 bytes: progress.bytes.load(Ordering::Relaxed),
+                migration: None,
             });
         }
         let fill = self.fill.as_deref().filter(|fill| !fill.is_complete())?;
@@ -102,6 +103,7 @@ impl Known {
             pages_done: progress.placed,
             pages_total: progress.pages,
             bytes: progress.placed * PAGE_SIZE,
+            migration: None,
         })
     }
 }
