@@ -5,6 +5,7 @@
 //! interrupts the machine's wait, and waits for the answer. What is known of the machine stands beside
 //! the queue, so that a question is answered at once, whatever the machine's thread does.
 
+mod migration;
 #[cfg(test)]
 mod tests;
 
@@ -31,8 +32,11 @@ use vmm::memory::pages::GuestPages;
 use vmm::virtio::block::hold_temporary;
 use vmm::virtio::net::MacAddr;
 
+use self::migration::{Attended, Between};
+pub use self::migration::{ReceiveError, Reception};
 use crate::control::{
-    Refusal, RestoreRequest, SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm, Work,
+    Decision, MigrationReport, MigrationRequest, ReceptionRequest, Refusal, RestoreRequest,
+    SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm, Work,
 };
 
 type Answer = Sender<Result<(), Refusal>>;
@@ -47,6 +51,10 @@ enum Order {
     Delete(Answer),
     Snapshot(SnapshotRequest, Sender<Result<SnapshotReport, Refusal>>),
     Restore(RestoreRequest, Answer),
+    Migrate(MigrationRequest, Sender<Result<MigrationReport, Refusal>>),
+    Decide(Decision, Answer),
+    Receive(ReceptionRequest, Answer),
+    Attended(Attended),
     /// A page of a machine that is restored lazily cannot be had, and why.
     MemoryMissing(String),
     /// Look whether it is all to end.
@@ -79,6 +87,8 @@ struct Known {
     info: Option<VmInfo>,
     /// A snapshot that is being written.
     snapshot: Option<Arc<Progress>>,
+    /// A guest that is on its way to another host, or from one.
+    migration: Option<(&'static str, Arc<::migration::Progress>)>,
     /// Memory that comes as it is touched, and has not all come.
     fill: Option<Arc<LazyFill>>,
     machine: Option<MachineHandle>,
@@ -95,6 +105,9 @@ impl Known {
                 bytes: progress.bytes.load(Ordering::Relaxed),
                 migration: None,
             });
+        }
+        if let Some((what, progress)) = &self.migration {
+            return Some(migration::work(what, progress));
         }
         let fill = self.fill.as_deref().filter(|fill| !fill.is_complete())?;
         let progress = fill.progress();
@@ -193,11 +206,41 @@ impl Vmm for Life {
         self.order(|answer| Order::Restore(request, answer))
     }
 
+    fn migrate(&self, request: MigrationRequest) -> Result<MigrationReport, Refusal> {
+        self.order(|answer| Order::Migrate(request, answer))
+    }
+
+    fn cancel_migration(&self) -> Result<(), Refusal> {
+        match &self.shared.known().migration {
+            Some((_, progress)) if progress.figures().post_copy => Err(Refusal::Failed(
+                "the guest has been handed over: it runs at the destination".into(),
+            )),
+            Some((_, progress)) => {
+                progress.cancel();
+                Ok(())
+            }
+            None => Err(Refusal::Failed("there is no migration on its way".into())),
+        }
+    }
+
+    fn decide_migration(&self, decision: Decision) -> Result<(), Refusal> {
+        self.order(|answer| Order::Decide(decision, answer))
+    }
+
+    fn receive(&self, request: ReceptionRequest) -> Result<(), Refusal> {
+        self.order(|answer| Order::Receive(request, answer))
+    }
+
     fn shut_down_vmm(&self) {
         self.shared.ended.store(true, Ordering::SeqCst);
-        if let Some(snapshot) = &self.shared.known().snapshot {
+        let known = self.shared.known();
+        if let Some(snapshot) = &known.snapshot {
             snapshot.cancelled.store(true, Ordering::Relaxed);
         }
+        if let Some((_, migration)) = &known.migration {
+            migration.cancel();
+        }
+        drop(known);
         // Nobody carries orders out any more: then it has ended.
         let _ = self.orders.send(Order::Look);
         self.call();
@@ -214,6 +257,17 @@ pub enum Beginning {
     Restore(Box<Restoration>),
     /// With a machine that shares its memory with others; it ends with its guest.
     Clone(Cloning),
+    /// With a guest that comes from another host; it ends with its guest.
+    Receive(Box<Reception>),
+}
+
+/// How a VMM ends that was not asked to, or was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// As its machine did.
+    Machine(Ending),
+    /// Its guest is at another host.
+    Moved,
 }
 
 /// A machine that goes on from a state and a base of memory.
@@ -300,6 +354,12 @@ struct Landlord<'h, H: Hypervisor> {
     life: Life,
     shared: Arc<Shared>,
     tenant: Option<Tenant<H>>,
+    /// A guest that is neither here nor elsewhere, as far as is known.
+    between: Between,
+    /// Whether a guest that came, and may not run yet, was paused at the source.
+    paused_at_source: bool,
+    /// The guest is at another host.
+    moved: bool,
 }
 
 impl Orders {
@@ -311,7 +371,7 @@ impl Orders {
         self,
         hypervisor: &H,
         beginning: Beginning,
-    ) -> Result<Ending, LifeError>
+    ) -> Result<End, LifeError>
     where
         <<H::VmBuilder as VmBuilder>::Vm as Vm>::Vcpu: 'static,
     {
@@ -322,9 +382,13 @@ impl Orders {
             shared: life.shared.clone(),
             life,
             tenant: None,
+            between: Between::default(),
+            paused_at_source: false,
+            moved: false,
         };
+        const ASKED: End = End::Machine(Ending::Asked);
         if vmm.shared.has_ended() {
-            return Ok(Ending::Asked);
+            return Ok(ASKED);
         }
         match beginning {
             Beginning::Empty => {}
@@ -334,24 +398,31 @@ impl Orders {
             }
             Beginning::Restore(restoration) => vmm.restore(*restoration)?,
             Beginning::Clone(cloning) => vmm.clone_machine(&cloning)?,
+            Beginning::Receive(reception) => match vmm.receive(*reception) {
+                Err(_) if vmm.shared.has_ended() => return Ok(ASKED),
+                received => received?,
+            },
         }
         loop {
             while let Ok(order) = queue.try_recv() {
                 vmm.obey(order);
             }
             if vmm.shared.has_ended() {
-                return Ok(Ending::Asked);
+                return Ok(ASKED);
+            }
+            if vmm.has_moved() {
+                return Ok(End::Moved);
             }
             match vmm.running().map(Machine::run) {
                 Some(outcome) => {
                     if let Some(ending) = vmm.act_on(outcome)? {
-                        return Ok(ending);
+                        return Ok(End::Machine(ending));
                     }
                 }
                 None => match queue.recv() {
                     Ok(order) => vmm.obey(order),
                     // It cannot be closed: `life` keeps it open.
-                    Err(_) => return Ok(Ending::Asked),
+                    Err(_) => return Ok(ASKED),
                 },
             }
         }
@@ -396,9 +467,25 @@ where
                     .and_then(|restoration| failed(self.restore(restoration)));
                 let _ = answer.send(restored);
             }
+            Order::Migrate(request, answer) => migration::tell(&answer, self.migrate(&request)),
+            Order::Decide(decision, answer) => migration::tell(&answer, self.decide(decision)),
+            Order::Receive(request, answer) => {
+                let received = self
+                    .may_create()
+                    .and_then(|()| failed(Reception::open(request)))
+                    .and_then(|reception| failed(self.receive(reception)));
+                migration::tell(&answer, received);
+            }
+            Order::Attended(order) => self.attended(order),
             Order::MemoryMissing(reason) => self.miss_memory(reason),
             Order::Look => {}
         }
+    }
+
+    /// Whether the VMM is to end because its guest is at another host.
+    fn has_moved(&mut self) -> bool {
+        let moved = std::mem::take(&mut self.moved);
+        moved && !self.stays
     }
 
     /// The guest cannot go on where it wants to: it is held, in all of its vCPUs, until there is another try.
@@ -589,6 +676,7 @@ where
     }
 
     fn pause(&mut self) -> Result<(), Refusal> {
+        self.between.check()?;
         self.settle()?;
         let machine = self.machine_in(VmState::Running, "paused")?;
         machine.pause();
@@ -597,6 +685,7 @@ where
     }
 
     fn resume(&mut self) -> Result<(), Refusal> {
+        self.between.check()?;
         let fill = self.fill();
         let machine = self.machine_in(VmState::Paused, "resumed")?;
         failed(machine.resume())?;
@@ -660,6 +749,7 @@ where
                 state,
             });
         }
+        self.between.check()?;
         self.settle()?;
         let config = match &self.tenant {
             // Whoever restores it may stand elsewhere.
@@ -794,18 +884,11 @@ fn start_fill(
     life: Life,
 ) -> Result<Arc<LazyFill>, Error> {
     let source = SnapshotPages::new(snapshot);
-    let on_event = move |event| {
-        if let lazy::Event::Failed(why) = event {
-            // Nobody carries orders out any more: then it has ended.
-            let _ = life.orders.send(Order::MemoryMissing(why.to_string()));
-            life.call();
-        }
-    };
     let fill = LazyFill::start(
         pages.memory().clone(),
         source,
         lazy::Options::default(),
-        on_event,
+        migration::on_event(life),
     )?;
     Ok(Arc::new(fill))
 }
@@ -819,6 +902,9 @@ pub enum LifeError {
     /// Its machine could not be restored.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// Its guest did not come.
+    #[error(transparent)]
+    Receive(#[from] ReceiveError),
 }
 
 /// Why a machine could not be restored.

@@ -11,9 +11,11 @@ mod configuration;
 mod control;
 mod life;
 mod name;
+mod receive;
 mod restore;
 mod run;
 mod signals;
+mod wire;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -51,6 +53,8 @@ enum Command {
     Run(Box<run::Args>),
     /// Takes up a machine from a snapshot, with all of its tags, and runs it to its end.
     Restore(restore::Args),
+    /// Waits for a guest that migrates here, with all of its tags, and runs it to its end.
+    Receive(Box<receive::Args>),
     /// Starts many machines from one snapshot, or from a machine, which share its memory until they write.
     Clone(clone::Args),
     /// One clone, in a process of its own.
@@ -78,7 +82,11 @@ impl Command {
     const fn runs_machines(&self) -> bool {
         matches!(
             self,
-            Self::Run(_) | Self::Restore(_) | Self::CloneMachine(_) | Self::Api(_)
+            Self::Run(_)
+                | Self::Restore(_)
+                | Self::Receive(_)
+                | Self::CloneMachine(_)
+                | Self::Api(_)
         )
     }
 }
@@ -95,6 +103,7 @@ fn main() -> ExitCode {
         Command::Check(args) => check::check(&args),
         Command::Run(args) => run::run(*args),
         Command::Restore(args) => restore::restore(args),
+        Command::Receive(args) => receive::receive(*args),
         Command::Clone(args) => clone::clone(&args),
         Command::CloneMachine(args) => clone::run_one(&args),
         Command::Api(args) => commands::api::api(&args),

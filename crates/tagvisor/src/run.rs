@@ -13,12 +13,15 @@ use vmm::memory::TagAccess;
 use crate::api::serve;
 use crate::configuration;
 use crate::control::Vmm;
-use crate::life::{Beginning, Life, Orders};
+use crate::life::{Beginning, End, Life, Orders};
 use crate::name::Name;
 use crate::signals::EndingSignals;
 
 /// The machine was ended from outside, before its guest ended it.
 const ENDED_FROM_OUTSIDE: u8 = 3;
+
+/// The guest is at another host.
+const MOVED: u8 = 4;
 
 /// What the program's exit statuses mean.
 pub const EXIT_STATUS: &str = "\
@@ -27,6 +30,7 @@ Exit status:
   1  the machine could not be started, or could not go on; standard error says why
   2  the command line is wrong
   3  the machine was ended from outside: Ctrl-] q, SIGTERM, SIGINT, SIGHUP or SIGQUIT
+  4  the guest is at another host now: it was migrated
   128 and more: a second of these signals ended Tagvisor at once; its number is added to 128
 
 On a terminal, Ctrl-] q ends the machine; every other key goes to the guest.";
@@ -170,8 +174,9 @@ pub fn until_its_end(
     let signals = EndingSignals::block()?;
     let name = Name::take(name.unwrap_or(&default_name))?;
     Ok(match serving(&name.socket(), signals, kvm, beginning)? {
-        Ending::Off | Ending::Reset => ExitCode::SUCCESS,
-        Ending::Asked | Ending::Interrupted => ENDED_FROM_OUTSIDE.into(),
+        End::Machine(Ending::Off | Ending::Reset) => ExitCode::SUCCESS,
+        End::Machine(Ending::Asked | Ending::Interrupted) => ENDED_FROM_OUTSIDE.into(),
+        End::Moved => MOVED.into(),
     })
 }
 
@@ -190,7 +195,7 @@ fn serving(
     signals: EndingSignals,
     kvm: &Path,
     beginning: Beginning,
-) -> Result<Ending, Box<dyn std::error::Error>> {
+) -> Result<End, Box<dyn std::error::Error>> {
     let (life, orders) = Life::new();
     let on_signal = life.clone();
     signals.on_first(move || on_signal.shut_down_vmm())?;
@@ -203,12 +208,12 @@ fn carry_out(
     kvm: &Path,
     orders: Orders,
     beginning: Beginning,
-) -> Result<Ending, Box<dyn std::error::Error>> {
+) -> Result<End, Box<dyn std::error::Error>> {
     let hypervisor = engine::kvm::KvmHypervisor::open(kvm)?;
     Ok(orders.carry_out(&hypervisor, beginning)?)
 }
 
 #[cfg(not(target_arch = "aarch64"))]
-fn carry_out(_: &Path, _: Orders, _: Beginning) -> Result<Ending, Box<dyn std::error::Error>> {
+fn carry_out(_: &Path, _: Orders, _: Beginning) -> Result<End, Box<dyn std::error::Error>> {
     Err(crate::NOT_AN_ARM_HOST.into())
 }
