@@ -1,5 +1,5 @@
-//! Builds what runs in the lab: `tagvisor`, `conformance`, the programs of `benches` and `tests`, and the workspace's members
-//! under `guest/`.
+//! Builds what runs in the lab: `tagvisor`, `conformance`, `peer`, the programs of `benches` and `tests`, and the workspace's
+//! members under `guest/`.
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -82,7 +82,7 @@ impl Workspace {
     fn wanted(&self) -> Vec<(&Package, Runs)> {
         let guests = self.workspace_root.join("guest");
         let place = |package: &Package| match package.name.as_str() {
-            "tagvisor" | "conformance" | "benches" | "lab-tests" => Some(Runs::Host),
+            "tagvisor" | "conformance" | "benches" | "lab-tests" | "peer" => Some(Runs::Host),
             _ if package.manifest_path.starts_with(&guests) => Some(package.guest_kind()),
             _ => None,
         };

@@ -18,12 +18,18 @@ const READER_GONE: u8 = 141;
 /// The host's machine and the command
 #[derive(Args)]
 pub struct Arguments {
+    /// 2 starts a second host on a network with this one, where `peer COMMAND` runs commands
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=2))]
+    hosts: u32,
     /// CPUs of the host
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=512))]
     cpus: u32,
     /// Memory of the host, as QEMU writes it
     #[arg(long, value_name = "SIZE", default_value = "4G")]
     memory: String,
+    /// Memory of the second host [default: as much]
+    #[arg(long, value_name = "SIZE")]
+    peer_memory: Option<String>,
     /// One CPU whose time counts instructions: figures that repeat
     #[arg(long)]
     icount: bool,
@@ -57,8 +63,10 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     }
     let lab = Lab::open(!arguments.no_build)?;
     let choice = Choice {
+        hosts: arguments.hosts,
         cpus: arguments.cpus,
         memory: arguments.memory.clone(),
+        peer_memory: arguments.peer_memory.clone(),
         icount: arguments.icount,
         kernel_args: arguments.kernel_args.clone(),
         qemu_args: arguments.qemu_args.clone(),

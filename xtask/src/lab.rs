@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
@@ -10,7 +11,7 @@ use crate::compile::{self, Program, Runs, Workspace};
 use crate::cpio::Archive;
 use crate::folder::RunFolder;
 use crate::kernel::{self, Kernel};
-use crate::machine::{self, Config, Input, Machine};
+use crate::machine::{Config, Input, Machine, Network};
 use crate::ports::Sink;
 use crate::toolchain::Toolchain;
 use crate::tools::Tools;
@@ -29,8 +30,13 @@ pub struct Lab {
 /// What the user may choose about a host.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Choice {
+    /// 1, or 2 that are joined by a network.
+    pub hosts: u32,
+    /// CPUs of each.
     pub cpus: u32,
     pub memory: String,
+    /// Memory of the second host, if it is not to have as much as the first.
+    pub peer_memory: Option<String>,
     pub icount: bool,
     pub kernel_args: Vec<String>,
     pub qemu_args: Vec<String>,
@@ -41,8 +47,10 @@ pub struct Choice {
 impl Default for Choice {
     fn default() -> Self {
         Self {
+            hosts: 1,
             cpus: 2,
             memory: "4G".to_owned(),
+            peer_memory: None,
             icount: false,
             kernel_args: Vec::new(),
             qemu_args: Vec::new(),
@@ -52,7 +60,7 @@ impl Default for Choice {
     }
 }
 
-/// A booted host with its folder, which goes when it goes.
+/// A booted host with its folder, which goes when it goes, and with the second host if there are two.
 pub struct Host {
     // Before the folder, so that QEMU ends first.
     pub machine: Machine,
@@ -63,11 +71,6 @@ impl Host {
     /// What the host sees at `/lab/jobs`.
     pub fn jobs_folder(&self) -> PathBuf {
         self.folder.path().join("lab/jobs")
-    }
-
-    /// The end of the kernel's console.
-    pub fn console(&self) -> String {
-        machine::console_tail(&self.folder.path().join(machine::CONSOLE_LOG), 40)
     }
 }
 
@@ -97,7 +100,7 @@ impl Lab {
         })
     }
 
-    /// Boots a host. `prepare` may add to the folder that the host sees at `/lab`.
+    /// Boots a host, or two. `prepare` may add to the folder that the host sees at `/lab`.
     pub fn boot(
         &self,
         choice: &Choice,
@@ -116,6 +119,12 @@ impl Lab {
             .as_ref()
             .map(|share| share_folder(share))
             .transpose()?;
+        anyhow::ensure!(
+            choice.hosts == 1 || !choice.icount,
+            "time that counts instructions is one host's own: choose --icount or two hosts"
+        );
+        let peer_folder = folder.path().join("host2");
+        fs::create_dir(&peer_folder)?;
         let config = Config {
             cpus: choice.cpus,
             memory: &choice.memory,
@@ -126,12 +135,32 @@ impl Lab {
             initrd: kernel::host_archive(&self.cache, &kernel, &self.busybox())?,
             tree: &self.tree,
             folder: folder.path(),
+            lab: &place,
+            network: (choice.hosts == 2).then_some(Network {
+                number: 1,
+                folder: folder.path(),
+            }),
             share: share.as_deref(),
             input,
             out,
             err,
         };
-        let machine = Machine::boot(&self.tools.qemu()?, &config)?;
+        let peer = config.network.map(|network| Config {
+            memory: choice.peer_memory.as_deref().unwrap_or(&choice.memory),
+            // What the user adds, such as a monitor, can mostly be there only once.
+            qemu_args: &[],
+            initrd: config.initrd.clone(),
+            folder: &peer_folder,
+            network: Some(Network {
+                number: 2,
+                ..network
+            }),
+            input: Input::Nothing,
+            out: Arc::clone(&config.out),
+            err: Arc::clone(&config.err),
+            ..config
+        });
+        let machine = Machine::boot(&self.tools.qemu()?, &config, peer.as_ref())?;
         Ok(Host { machine, folder })
     }
 

@@ -3,7 +3,8 @@
 //!
 //! The host's root is a Debian tree over 9p, read-only, with a layer in memory over it. At `/lab`
 //! it sees a folder that xtask has filled; `/lab/jobs` in it is writable and holds the orders and
-//! what jobs leave behind.
+//! what jobs leave behind. Two hosts see the same folder and are joined by two network cards each:
+//! one for their scripts, and one by which scripts of one run commands on the other.
 
 use std::ffi::OsString;
 use std::fs;
@@ -34,6 +35,8 @@ const COMMAND_LINE: &str =
 /// The kernel's console, in the run's folder.
 pub const CONSOLE_LOG: &str = "console.log";
 const QEMU_LOG: &str = "qemu.log";
+/// That of the network between two hosts: a jumbo frame, as between hosts of one rack.
+const MTU: u32 = 9000;
 
 /// What machine to start.
 pub struct Config<'a> {
@@ -50,14 +53,27 @@ pub struct Config<'a> {
     pub initrd: Vec<u8>,
     /// The Debian tree that is the host's root.
     pub tree: &'a Path,
-    /// The run's own folder: `lab` in it is what the host sees at `/lab`.
+    /// Where the machine's sockets and logs are to be.
     pub folder: &'a Path,
+    /// What the host sees at `/lab`.
+    pub lab: &'a Path,
+    /// What joins it to another host.
+    pub network: Option<Network<'a>>,
     /// What the host sees at `/share`.
     pub share: Option<&'a Path>,
     pub input: Input,
     /// Where the jobs' standard output and standard error go.
     pub out: Sink,
     pub err: Sink,
+}
+
+/// The network of two hosts.
+#[derive(Clone, Copy)]
+pub struct Network<'a> {
+    /// Which of them this one is: 1 or 2.
+    pub number: u32,
+    /// Where the network's sockets are: a folder that both have.
+    pub folder: &'a Path,
 }
 
 /// What the jobs read.
@@ -85,19 +101,28 @@ pub struct Machine {
     control: UnixStream,
     events: Receiver<Event>,
     folder: PathBuf,
+    lab: PathBuf,
     jobs: usize,
+    /// The other host, without which jobs cannot end.
+    peer: Option<Box<Machine>>,
 }
 
 impl Machine {
-    /// Starts `qemu` as `config` says and waits until the host takes orders.
-    pub fn boot(qemu: &Command, config: &Config) -> Result<Self> {
-        Self::start(qemu, config).map_err(|error| with_logs(error, config.folder))
+    /// Starts `qemu` as `config` says, and with it `peer`, a second host; waits until both take orders.
+    pub fn boot(qemu: &Command, config: &Config, peer: Option<&Config>) -> Result<Self> {
+        let start = |config: &Config| {
+            Self::start(qemu, config).map_err(|error| with_logs(error, config.folder))
+        };
+        let mut machine = start(config)?;
+        machine.peer = peer.map(start).transpose()?.map(Box::new);
+        machine.wait_ready()?;
+        Ok(machine)
     }
 
     fn start(qemu: &Command, config: &Config) -> Result<Self> {
         let folder = config.folder;
         let marker = random_marker()?;
-        fs::create_dir_all(folder.join("lab/jobs"))?;
+        fs::create_dir_all(config.lab.join("jobs"))?;
         fs::write(folder.join("initrd"), initrd(config, &marker)?)
             .context("cannot write the initrd")?;
         let listeners = Listeners::bind(folder, config.input)?;
@@ -105,22 +130,32 @@ impl Machine {
         let mut qemu = Qemu::spawn(qemu, &arguments(config), folder)?;
         let (sender, events) = channel();
         let control = listeners.connect(&mut qemu, config, &marker, &sender)?;
-        let mut machine = Self {
+        Ok(Self {
             qemu,
             control,
             events,
             folder: folder.to_owned(),
+            lab: config.lab.to_owned(),
             jobs: 0,
-        };
-        machine.wait_ready()?;
-        Ok(machine)
+            peer: None,
+        })
+    }
+
+    /// The ends of the hosts' consoles, each with a title.
+    pub fn consoles(&self) -> Vec<(&'static str, String)> {
+        let console = |machine: &Self| console_tail(&machine.folder.join(CONSOLE_LOG), 40);
+        let mut consoles = vec![("the host's console", console(self))];
+        if let Some(peer) = &self.peer {
+            consoles.push(("the second host's console", console(peer)));
+        }
+        consoles
     }
 
     /// Runs `script` with bash in the host and waits for its end.
     pub fn run(&mut self, script: &str, limit: Option<Duration>) -> Result<Outcome> {
         self.jobs += 1;
         let name = self.jobs.to_string();
-        let job = self.folder.join("lab/jobs").join(&name);
+        let job = self.lab.join("jobs").join(&name);
         fs::create_dir_all(&job)?;
         fs::write(job.join("run"), script).context("cannot write a job")?;
         self.order(&format!("run {name}"))?;
@@ -141,6 +176,15 @@ impl Machine {
     }
 
     fn wait_ready(&mut self) -> Result<()> {
+        let ready = self.wait_ready_itself();
+        ready.map_err(|error| with_logs(error, &self.folder))?;
+        match &mut self.peer {
+            Some(peer) => peer.wait_ready().context("the second host"),
+            None => Ok(()),
+        }
+    }
+
+    fn wait_ready_itself(&mut self) -> Result<()> {
         let started = Instant::now();
         while started.elapsed() < BOOT_PATIENCE {
             match self.next_event()? {
@@ -184,8 +228,18 @@ impl Machine {
         match self.events.recv_timeout(TICK) {
             Ok(event) => Ok(Some(event)),
             Err(RecvTimeoutError::Disconnected) => Ok(Some(Event::Closed)),
-            Err(RecvTimeoutError::Timeout) => self.qemu.check().map(|()| None),
+            Err(RecvTimeoutError::Timeout) => self.check().map(|()| None),
         }
+    }
+
+    /// Fails if QEMU has ended, or that of the other host.
+    fn check(&mut self) -> Result<()> {
+        self.qemu.check()?;
+        let Some(peer) = &mut self.peer else {
+            return Ok(());
+        };
+        let checked = peer.check().context("the second host");
+        checked.map_err(|error| with_logs(error, &peer.folder))
     }
 }
 
@@ -291,7 +345,7 @@ impl Drop for Qemu {
     }
 }
 
-/// The machine's arguments. The host needs no network, no disks and no display.
+/// The machine's arguments. The host needs no disks and no display, and no network but that of two hosts.
 fn arguments(config: &Config) -> Vec<OsString> {
     let mut arguments = Arguments::default();
     let folder = config.folder;
@@ -328,13 +382,17 @@ fn arguments(config: &Config) -> Vec<OsString> {
         arguments.port(folder, name, "virtserialport");
     }
     arguments.folder("root", config.tree, true);
-    arguments.folder("lab", &folder.join("lab"), true);
-    arguments.folder("jobs", &folder.join("lab/jobs"), false);
+    arguments.folder("lab", config.lab, true);
+    arguments.folder("jobs", &config.lab.join("jobs"), false);
     if let Some(share) = config.share {
         arguments.folder("share", share, false);
     }
     if let Some(modules) = &config.kernel.modules {
         arguments.folder("modules", modules, true);
+    }
+    if let Some(network) = &config.network {
+        arguments.card(network, "link", 7);
+        arguments.card(network, "agent", 8);
     }
     arguments.add_strings(config.qemu_args);
     arguments.0
@@ -385,6 +443,21 @@ impl Arguments {
     }
 }
 
+impl Arguments {
+    /// A card on a network of the two hosts' own, whose addresses are those of 10.0.`subnet`. Frames are datagrams on Unix
+    /// sockets, so that it does not matter which host starts or ends first.
+    fn card(&mut self, network: &Network, name: &str, subnet: u32) {
+        let Network { number, folder } = network;
+        let socket = |number: u32| escaped(&folder.join(format!("{name}-{number}")));
+        let (own, other) = (socket(*number), socket(3 - number));
+        let ends = format!("local.type=unix,local.path={own},remote.type=unix,remote.path={other}");
+        self.add(&["-netdev", &format!("dgram,id={name},{ends}")]);
+        let mac = format!("02:00:0a:00:{subnet:02x}:{number:02x}");
+        let device = format!("virtio-net-pci,netdev={name},mac={mac},host_mtu={MTU},romfile=");
+        self.add(&["-device", &device]);
+    }
+}
+
 /// A path as QEMU's lists of options want it: a comma is doubled.
 fn escaped(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
@@ -403,8 +476,11 @@ fn initrd(config: &Config, marker: &str) -> Result<Vec<u8>> {
         .map_or("", |_| config.kernel.version.as_str());
     let share = config.share.map_or("", |_| "yes");
     let terminal = std::env::var("TERM").unwrap_or_default();
+    let number = config
+        .network
+        .map_or_else(String::new, |network| network.number.to_string());
     let settings = format!(
-        "LAB_TIME={now}\nLAB_SHARE={share}\nLAB_MODULES={}\nexport LAB_MARKER={marker} LAB_TERM={}\n",
+        "LAB_TIME={now}\nLAB_SHARE={share}\nLAB_MODULES={}\nexport LAB_MARKER={marker} LAB_TERM={} LAB_NUMBER={number}\n",
         quoted(modules),
         quoted(&terminal)
     );

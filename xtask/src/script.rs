@@ -4,6 +4,7 @@
 //! ```text
 //! # lab: cpus=4 memory=6G kernel=bookworm timeout=300
 //! # lab: icount append=arm64.nomte own-host
+//! # lab: hosts=2 memory=3G peer-memory=6G
 //! ```
 
 use std::fs;
@@ -57,15 +58,17 @@ impl Wants {
 
     fn set(&mut self, word: &str) -> Result<()> {
         match word.split_once('=') {
+            Some(("hosts", number @ ("1" | "2"))) => self.host.hosts = number.parse()?,
             Some(("cpus", number)) => self.host.cpus = number.parse()?,
             Some(("memory", size)) => self.host.memory = size.to_owned(),
+            Some(("peer-memory", size)) => self.host.peer_memory = Some(size.to_owned()),
             Some(("kernel", name)) => self.host.kernel = Some(name.to_owned()),
             Some(("append", word)) => self.host.kernel_args.push(word.to_owned()),
             Some(("timeout", seconds)) => self.limit = Duration::from_secs(seconds.parse()?),
             None if word == "icount" => self.host.icount = true,
             None if word == "own-host" => self.own_host = true,
             _ => bail!(
-                "there are cpus=N, memory=SIZE, kernel=NAME, append=WORD, timeout=SECONDS, icount and own-host"
+                "there are hosts=1|2, cpus=N, memory=SIZE, peer-memory=SIZE, kernel=NAME, append=WORD, timeout=SECONDS, icount and own-host"
             ),
         }
         Ok(())
@@ -126,6 +129,20 @@ mod tests {
         assert_eq!(wants.host.kernel.as_deref(), Some("bookworm"));
         assert_eq!(wants.limit, Duration::from_secs(7));
         assert!(!wants.can_share());
+    }
+
+    #[test]
+    fn two_hosts_are_shared_with_no_other_script() {
+        let wants = Wants::parse("# lab: hosts=2 memory=3G peer-memory=6G\n").unwrap();
+
+        assert_eq!(wants.host.hosts, 2);
+        assert_eq!(wants.host.peer_memory.as_deref(), Some("6G"));
+        assert!(!wants.can_share());
+    }
+
+    #[test]
+    fn more_hosts_than_two_are_refused() {
+        assert!(Wants::parse("# lab: hosts=3\n").is_err());
     }
 
     #[test]

@@ -317,7 +317,9 @@ impl Session<'_> {
             );
             return;
         };
-        print_block("the host's console", &host.console());
+        for (title, console) in host.machine.consoles() {
+            print_block(title, &console);
+        }
         let left = host.jobs_folder().join(&script.name);
         for entry in std::fs::read_dir(&left).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
