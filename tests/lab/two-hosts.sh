@@ -17,7 +17,7 @@ done
 peer echo this line is of the second host
 
 # TCP each way.
-head -c 4M /dev/urandom > sent
+head -c 1M /dev/urandom > sent
 peer socat -u TCP-LISTEN:5000 CREATE:received &
 socat -u FILE:sent TCP:$PEER:5000,retry=100,interval=0.1
 wait $!

@@ -22,8 +22,8 @@ join() {
     ip address add "10.0.7.$LAB_NUMBER/24" dev eth0
     ip link set agent up
     ip link set eth0 up
-    peer-agent "10.0.8.$LAB_NUMBER:1024" &
     export PEER=10.0.7.$other PEER_NAME=host$other PEER_AGENT=10.0.8.$other:1024
+    peer-agent "10.0.8.$LAB_NUMBER:1024" &
 }
 [ -z "$LAB_NUMBER" ] || join
 

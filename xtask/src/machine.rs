@@ -35,6 +35,8 @@ const COMMAND_LINE: &str =
 /// The kernel's console, in the run's folder.
 pub const CONSOLE_LOG: &str = "console.log";
 const QEMU_LOG: &str = "qemu.log";
+/// The networks between two hosts, and the third bytes of their addresses.
+const CARDS: &[(&str, u32)] = &[("link", 7), ("agent", 8)];
 /// That of the network between two hosts: a jumbo frame, as between hosts of one rack.
 const MTU: u32 = 9000;
 
@@ -114,7 +116,10 @@ impl Machine {
             Self::start(qemu, config).map_err(|error| with_logs(error, config.folder))
         };
         let mut machine = start(config)?;
-        machine.peer = peer.map(start).transpose()?.map(Box::new);
+        if let Some(peer) = peer {
+            machine.wait_network()?;
+            machine.peer = Some(Box::new(start(peer)?));
+        }
         machine.wait_ready()?;
         Ok(machine)
     }
@@ -173,6 +178,19 @@ impl Machine {
 
     fn order(&mut self, order: &str) -> Result<()> {
         writeln!(self.control, "{order}").context("the host takes no orders: it has ended")
+    }
+
+    /// Waits until QEMU listens for the second host's cards.
+    fn wait_network(&mut self) -> Result<()> {
+        while !CARDS
+            .iter()
+            .all(|(name, _)| self.folder.join(name).exists())
+        {
+            let checked = self.qemu.check();
+            checked.map_err(|error| with_logs(error, &self.folder))?;
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     fn wait_ready(&mut self) -> Result<()> {
@@ -391,8 +409,9 @@ fn arguments(config: &Config) -> Vec<OsString> {
         arguments.folder("modules", modules, true);
     }
     if let Some(network) = &config.network {
-        arguments.card(network, "link", 7);
-        arguments.card(network, "agent", 8);
+        for (name, subnet) in CARDS {
+            arguments.card(network, name, *subnet);
+        }
     }
     arguments.add_strings(config.qemu_args);
     arguments.0
@@ -444,14 +463,16 @@ impl Arguments {
 }
 
 impl Arguments {
-    /// A card on a network of the two hosts' own, whose addresses are those of 10.0.`subnet`. Frames are datagrams on Unix
-    /// sockets, so that it does not matter which host starts or ends first.
+    /// A card on a network of the two hosts' own, whose addresses are those of 10.0.`subnet`. The first host listens at a
+    /// Unix socket, the second connects.
     fn card(&mut self, network: &Network, name: &str, subnet: u32) {
-        let Network { number, folder } = network;
-        let socket = |number: u32| escaped(&folder.join(format!("{name}-{number}")));
-        let (own, other) = (socket(*number), socket(3 - number));
-        let ends = format!("local.type=unix,local.path={own},remote.type=unix,remote.path={other}");
-        self.add(&["-netdev", &format!("dgram,id={name},{ends}")]);
+        let number = network.number;
+        let server = if number == 1 { "on" } else { "off" };
+        let path = escaped(&network.folder.join(name));
+        self.add(&[
+            "-netdev",
+            &format!("stream,id={name},server={server},addr.type=unix,addr.path={path}"),
+        ]);
         let mac = format!("02:00:0a:00:{subnet:02x}:{number:02x}");
         let device = format!("virtio-net-pci,netdev={name},mac={mac},host_mtu={MTU},romfile=");
         self.add(&["-device", &device]);
