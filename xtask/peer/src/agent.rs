@@ -74,7 +74,7 @@ fn start(command: &Command) -> io::Result<Child> {
         .args(arguments)
         .current_dir(&command.folder)
         .env_clear()
-        .envs(command.environment.iter().filter_map(|pair| variable(pair)))
+        .envs(command.environment.iter().filter_map(variable))
         .envs(own)
         .process_group(0)
         .stdin(Stdio::null())
