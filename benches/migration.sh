@@ -4,7 +4,7 @@
 # it can have no MTE, and under Tagvisor, with MTE and tags. Same kernel, initrd, memory, vCPUs and work.
 #
 # A VMM is four functions: VMM_start NAME WORK, VMM_receive NAME URI WORK, VMM_move FROM TO URI never|now, which sets the
-# microseconds total and blackout, and bytes, and VMM_end NAME. Consoles are in NAME.console.
+# microseconds total and blackout, bytes, and what the VMM has told of pages asked for, and VMM_end NAME. Consoles are in NAME.console.
 set -euo pipefail
 
 . /lab/benches/figures.bash
@@ -80,10 +80,12 @@ qemu_move() {
     total=$(($(field total-time <<< "$answer") * 1000))
     blackout=$(($(field downtime <<< "$answer") * 1000))
     bytes=$(field transferred <<< "$answer")
-    requests=$(field postcopy-requests <<< "$answer")
+    told="$(field postcopy-requests <<< "$answer") pages asked for"
     until [[ $(qmp "$to" query-status) == *'"status": "running"'* ]]; do
         sleep 0.1
     done
+    [ "$postcopy" = never ] ||
+        told+=", vCPUs blocked for $(qmp "$to" query-migrate | sed -n 's/.*"postcopy-vcpu-blocktime": \(\[[^]]*\]\).*/\1/p') ms"
 }
 
 qemu_end() {
@@ -145,19 +147,20 @@ pre_copy() {
 
 # post_copy: a guest that rewrites memory moves at once, and its pages follow.
 post_copy() {
-    local vmm round waits
+    local vmm round waits all words
     echo "Post-copy of the guest that rewrites memory, unix ($rounds guests)"
     for vmm in "${vmms[@]}"; do
-        waits=() all=()
+        waits=() all=() words=()
         for ((round = 0; round < rounds; round++)); do
             travel "$vmm" "$steady" unix 1 now
-            all+=("${blackouts[@]}")
+            all+=("${blackouts[@]}") words+=("$told")
             # Of the seconds after the move, the one in which most stores waited.
             waits+=("$(sed -n 's/.*\(waits=[1-9].*[0-9]\).*/\1/p' "$here.console" | sort -t= -k2n | tail -n 1)")
             "${vmm}_end" "$here"
         done
         echo "  ${titles[$vmm]}: blackout median $(ms "$(median "${all[@]}")") ms   ($(ms "${all[@]}"))"
-        printf '    stores of the guest that waited over 200 us: %s\n' "${waits[@]}"
+        printf '    the VMM: %s\n' "${words[@]}"
+        printf '    stores of the guest that waited over 500 us: %s\n' "${waits[@]}"
     done
 }
 

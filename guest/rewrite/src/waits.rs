@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 /// A store that takes longer has waited. An exit to the hypervisor for a page that is there takes less, even under emulation.
-const WAIT: Duration = Duration::from_micros(200);
+const WAIT: Duration = Duration::from_micros(500);
 
 /// The stores of a while.
 #[derive(Default)]
@@ -56,13 +56,13 @@ mod tests {
     fn only_stores_that_waited_are_told_of() {
         let mut waits = Waits::default();
 
-        for microseconds in [1, 300, 2, 500, 400, 3] {
+        for microseconds in [1, 600, 2, 800, 700, 3] {
             waits.add(Duration::from_micros(microseconds));
         }
 
         assert_eq!(
             waits.to_string(),
-            "pages=6 waits=3 median_us=400 p99_us=500 longest_us=500"
+            "pages=6 waits=3 median_us=700 p99_us=800 longest_us=800"
         );
     }
 
