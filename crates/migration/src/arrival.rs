@@ -89,6 +89,13 @@ pub struct Receiver {
     arrivals: mpsc::Receiver<Arrived>,
     desk: Arc<Desk>,
     patience: Duration,
+    close: Closer,
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        (self.close)();
+    }
 }
 
 impl Receiver {
@@ -100,6 +107,7 @@ impl Receiver {
         let (arrived, arrivals) = mpsc::sync_channel(2 * MAX_LINKS as usize);
         let desk = Arc::new(Desk::default());
         let at_desk = desk.clone();
+        let close = listen.closer();
         thread::Builder::new()
             .name("migration-listen".into())
             .spawn(move || take_connections(&listen, &at_desk, &arrived, patience))
@@ -108,6 +116,7 @@ impl Receiver {
             arrivals,
             desk,
             patience,
+            close,
         })
     }
 

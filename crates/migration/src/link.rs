@@ -56,6 +56,9 @@ pub trait Listen: Send + 'static {
     /// # Errors
     /// Nobody will come any more.
     fn accept(&self) -> io::Result<Pending>;
+
+    /// Ends it from another thread: nobody will come any more.
+    fn closer(&self) -> Closer;
 }
 
 /// Both halves of a wire, which are never used at once.

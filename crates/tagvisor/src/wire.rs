@@ -128,11 +128,6 @@ impl Door {
     pub fn address(&self) -> &Address {
         self.0.local_address()
     }
-
-    /// What ends it.
-    pub fn closer(&self) -> transport::Closer {
-        self.0.closer()
-    }
 }
 
 impl Listen for Door {
@@ -142,5 +137,10 @@ impl Listen for Door {
             let connection = pending.establish(Instant::now() + ESTABLISH)?;
             Ok(Box::new(Carried(connection)) as Box<dyn Wire>)
         }))
+    }
+
+    fn closer(&self) -> Closer {
+        let closer = self.0.closer();
+        Arc::new(move || closer.close())
     }
 }

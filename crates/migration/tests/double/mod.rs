@@ -572,4 +572,8 @@ impl Listen for Door {
             .map_err(|_| io::ErrorKind::NotConnected)?;
         Ok(Box::new(move || Ok(Box::new(end) as Box<dyn Wire>)))
     }
+
+    fn closer(&self) -> Closer {
+        Arc::new(|| {})
+    }
 }

@@ -252,7 +252,10 @@ impl Trial {
 
     fn begin(&self, beginning: Beginning) -> Ending {
         let orders = self.orders.lock().unwrap().take().unwrap();
-        orders.carry_out(&self.hypervisor, beginning).unwrap()
+        match orders.carry_out(&self.hypervisor, beginning).unwrap() {
+            End::Machine(ending) => ending,
+            End::Moved => panic!("the guest has moved"),
+        }
     }
 
     /// Runs a VMM and does `what` with it meanwhile, then ends it.
