@@ -23,6 +23,9 @@ pub struct Capabilities {
     pub aarch32_el1: bool,
     /// The interrupt controller is a GICv3.
     pub gic_v3: bool,
+    /// How often the guest's counters count in a second (CNTFRQ_EL0, Arm ARM D24.10.2). It is the host's own, and a guest
+    /// that has read it once takes it for granted.
+    pub counter_hz: u64,
 }
 
 /// How far memory tagging for guests goes.

@@ -130,6 +130,7 @@ impl Receiver {
             let arrived = self.next(None, progress)?;
             match self.begin(arrived, guest) {
                 Ok((mut control, pages, session)) => {
+                    progress.close_on_cancel(control.closer());
                     return match self.take(&mut control, pages, guest, progress) {
                         Ok((missing, peer)) => Ok(Held {
                             receiver: self,
@@ -143,7 +144,10 @@ impl Receiver {
                         }),
                         Err(error) => {
                             *self.desk.session() = None;
-                            Err(error)
+                            match progress.is_cancelled() {
+                                true => Err(Error::Cancelled),
+                                false => Err(error),
+                            }
                         }
                     };
                 }

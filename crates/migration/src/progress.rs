@@ -1,10 +1,13 @@
 //! How far a migration is, for others to see, and whether they want it to be given up.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::link::Closer;
+
 /// Counts as they are now.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Progress {
     pub(crate) round: AtomicU32,
     pub(crate) pages_done: AtomicU64,
@@ -17,6 +20,13 @@ pub struct Progress {
     pub(crate) slowed: AtomicU8,
     pub(crate) post_copy: AtomicBool,
     cancelled: AtomicBool,
+    on_cancel: Mutex<Vec<Closer>>,
+}
+
+impl std::fmt::Debug for Progress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(&self.figures(), f)
+    }
 }
 
 /// How far a migration is.
@@ -48,6 +58,23 @@ impl Progress {
     /// Gives the migration up, if it is not too late: before the commit.
     pub fn cancel(&self) {
         self.cancelled.store(true, Relaxed);
+        for close in self.closers().drain(..) {
+            close();
+        }
+    }
+
+    /// What is to be closed when it is given up, so that nobody waits for it any more.
+    pub(crate) fn close_on_cancel(&self, closer: Closer) {
+        self.closers().push(closer);
+        if self.is_cancelled() {
+            self.cancel();
+        }
+    }
+
+    fn closers(&self) -> MutexGuard<'_, Vec<Closer>> {
+        self.on_cancel
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {

@@ -793,7 +793,8 @@ where
             saved,
         } = restoration;
         saved
-            .check_disks()
+            .check_host(self.hypervisor.capabilities())
+            .and_then(|()| saved.check_disks())
             .map_err(|source| RestoreError::Snapshot {
                 file: request.file.clone(),
                 source,

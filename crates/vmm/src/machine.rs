@@ -272,6 +272,8 @@ pub struct Machine<H: Hypervisor> {
     seen: Option<Event>,
     sender: Sender<Event>,
     mte: Option<MteFeatures>,
+    /// Of its counters, a second.
+    counter_hz: u64,
     vm: Arc<VmOf<H>>,
     memory: Arc<GuestMemory>,
     _console: Connection,
@@ -380,6 +382,7 @@ where
             seen: None,
             sender,
             mte: parts.mte,
+            counter_hz: hypervisor.capabilities().counter_hz,
             vm: parts.vm,
             memory: Arc::new(parts.memory),
             _console: parts.console,

@@ -587,6 +587,7 @@ pub(super) mod tests {
             pmu: false,
             aarch32_el1: false,
             gic_v3: true,
+            counter_hz: 62_500_000,
         }
     }
 

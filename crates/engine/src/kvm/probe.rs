@@ -42,7 +42,18 @@ pub fn capabilities(kvm: &Kvm) -> Result<Capabilities> {
         pmu: kvm.check_extension(Cap::ArmPmuV3),
         aarch32_el1: kvm.check_extension(Cap::ArmEl132bit),
         gic_v3: super::gic::has_gic_v3(kvm)?,
+        counter_hz: counter_hz(),
     })
+}
+
+/// CNTFRQ_EL0, which KVM leaves to guests as it is.
+fn counter_hz() -> u64 {
+    let frequency;
+    // SAFETY: Linux lets every program read it, and emulates that where the CPU has an erratum.
+    unsafe {
+        std::arch::asm!("mrs {}, cntfrq_el0", out(reg) frequency, options(nomem, nostack, preserves_flags));
+    }
+    frequency
 }
 
 fn mte_support(kvm: &Kvm) -> Result<MteSupport> {

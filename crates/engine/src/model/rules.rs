@@ -89,6 +89,7 @@ impl HostRules {
             pmu: false,
             aarch32_el1: self.aarch32_el1,
             gic_v3: true,
+            counter_hz: 62_500_000,
         }
     }
 }

@@ -320,7 +320,10 @@ where
             progress.cancel();
         }
         let received = self.receive_guest(reception, &progress);
-        self.shared.known().migration = None;
+        let mut known = self.shared.known();
+        known.migration = None;
+        known.info = None;
+        drop(known);
         let (tenant, arrived, mut held) = received?;
         let paused = arrived.paused;
         let fill = arrived.fill.clone();
@@ -352,6 +355,7 @@ where
         progress: &migration::Progress,
     ) -> Result<(Tenant<H>, Arrived<H>, Held), ReceiveError> {
         let hypervisor = self.hypervisor;
+        let shared = self.shared.clone();
         let mut made: Option<(MachineConfig, Overlays, Console)> = None;
         let mut build = |offered: &MachineConfig| {
             made = None;
@@ -360,10 +364,21 @@ where
             let mut console = Console::open_again(&config.console)?;
             let named = overlays.named(&config)?;
             let machine = Machine::awaiting(hypervisor, &named, &mut console)?;
+            shared.known().info = Some(VmInfo {
+                config: config.clone(),
+                state: VmState::Created,
+                reason: None,
+                mte: machine.mte().map(|mte| mte.to_string()),
+                work: None,
+            });
             made = Some((config, overlays, console));
             Ok(machine)
         };
-        let mut coming = Coming::new(&mut build, on_event(self.life.clone()));
+        let mut coming = Coming::new(
+            hypervisor.capabilities(),
+            &mut build,
+            on_event(self.life.clone()),
+        );
         let receiver = Receiver::new(door, PATIENCE)?;
         let held = receiver.receive(&mut coming, progress)?;
         let arrived = coming.arrived();

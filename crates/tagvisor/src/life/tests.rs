@@ -223,6 +223,7 @@ fn trial(resets: usize, asked_while: Moment, endless: bool) -> Trial {
         pmu: false,
         aarch32_el1: false,
         gic_v3: true,
+        counter_hz: 62_500_000,
     };
     Trial {
         orders: Mutex::new(Some(orders)),

@@ -551,6 +551,7 @@ mod tests {
             pmu: false,
             aarch32_el1: false,
             gic_v3: true,
+            counter_hz: 62_500_000,
         }
     }
 

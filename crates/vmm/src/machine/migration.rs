@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ::migration::{Arriving, Departing, MachineError, Peer, SavedState};
-use engine::{Hypervisor, Vcpu, VcpuState};
+use engine::{Capabilities, Hypervisor, Vcpu, VcpuState};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use stream::{Batch, Metadata, PageSet};
@@ -215,6 +215,7 @@ pub type Build<'a, H> = dyn FnMut(&MachineConfig) -> Result<Machine<H>, super::E
 
 /// A machine that a guest comes to.
 pub struct Coming<'a, H: Hypervisor, E> {
+    host: &'a Capabilities,
     build: &'a mut Build<'a, H>,
     on_event: E,
     machine: Option<(Machine<H>, Arc<GuestPages>)>,
@@ -239,10 +240,11 @@ where
     VcpuOf<H>: Vcpu + 'static,
     E: Fn(Event) + Clone + Send + Sync + 'static,
 {
-    /// A guest whose machine `build` makes. What happens to its memory, should some of that stay behind, is told to
+    /// A guest whose machine `build` makes on `host`. What happens to its memory, should some of that stay behind, is told to
     /// `on_event`.
-    pub fn new(build: &'a mut Build<'a, H>, on_event: E) -> Self {
+    pub fn new(host: &'a Capabilities, build: &'a mut Build<'a, H>, on_event: E) -> Self {
         Self {
+            host,
             build,
             on_event,
             machine: None,
@@ -271,6 +273,7 @@ where
             return Err(Error::Architecture(platform.architecture).into());
         }
         let guest: VcpuState = parse(offer, CPU)?;
+        platform.check_counter(self.host)?;
         let machine = (self.build)(&parse(offer, CONFIG)?)?;
         machine.check_cpu(&guest)?;
         let pages = GuestPages::new(machine.memory.clone(), machine.tags());

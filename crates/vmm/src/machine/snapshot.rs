@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use engine::{Hypervisor, Vcpu, Vm};
+use engine::{Capabilities, Hypervisor, Vcpu, Vm};
 use mte::TagPage;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -139,6 +139,9 @@ pub enum ReadError {
     /// Its memory cannot be had.
     #[error(transparent)]
     Memory(Box<super::Error>),
+    /// The guest's clocks would go wrong.
+    #[error(transparent)]
+    Counter(#[from] OtherCounter),
     /// It is of another kind of machine.
     #[error("it is of a machine with architecture {0}, this Tagvisor has aarch64")]
     Architecture(String),
@@ -197,6 +200,38 @@ pub struct Platform {
     pub cpu_features: Vec<String>,
     /// The version of the Tagvisor that wrote it.
     pub tagvisor: String,
+    /// How often its counters count in a second; none of a Tagvisor that did not say.
+    #[serde(default)]
+    pub counter_hz: Option<u64>,
+}
+
+impl Platform {
+    /// Whether the guest's counters would go on here as fast as it takes for granted.
+    ///
+    /// # Errors
+    /// They would not.
+    pub fn check_counter(&self, host: &Capabilities) -> Result<(), OtherCounter> {
+        match self.counter_hz {
+            Some(guest) if guest != host.counter_hz => Err(OtherCounter {
+                guest,
+                here: host.counter_hz,
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The counter of this host has another frequency than the guest's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the guest's counter counts {guest} times a second and this host's {here}: its clocks would go wrong; let it go on on a host \
+     with the same counter"
+)]
+pub struct OtherCounter {
+    /// What the guest has seen so far.
+    pub guest: u64,
+    /// What it would see here.
+    pub here: u64,
 }
 
 /// A machine but for its memory, as it is in a snapshot.
@@ -280,6 +315,14 @@ impl SavedMachine {
             state: parse(&states, MACHINE)?,
             disks: parse(&states, DISKS)?,
         })
+    }
+
+    /// Whether it can go on on this host, as far as is known without building a machine.
+    ///
+    /// # Errors
+    /// [`ReadError::Counter`].
+    pub fn check_host(&self, host: &Capabilities) -> Result<(), ReadError> {
+        Ok(self.platform.check_counter(host)?)
     }
 
     /// Whether the disks of its configuration are as they were.
@@ -585,6 +628,7 @@ where
                 .map(ToString::to_string)
                 .collect(),
             tagvisor: env!("CARGO_PKG_VERSION").into(),
+            counter_hz: Some(self.counter_hz),
         }
     }
 
