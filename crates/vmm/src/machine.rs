@@ -667,7 +667,7 @@ where
     }
 
     /// Whether the guest ended the machine, or cannot go on, and [`Machine::run`] has yet to say so.
-    fn has_ended(&mut self) -> bool {
+    pub fn has_ended(&mut self) -> bool {
         while self.seen.is_none() {
             match self.events.try_recv() {
                 // Whoever wanted it is answered by the end of what is being done.

@@ -232,26 +232,36 @@ where
         };
         drop(guest);
         shared.known().migration = None;
-        self.after(departure)
+        self.after(departure, state)
     }
 
-    fn after(&mut self, departure: Departure) -> Result<MigrationReport, Refusal> {
+    /// The guest is gone, or stays; it was in the state `before`.
+    fn after(&mut self, departure: Departure, before: VmState) -> Result<MigrationReport, Refusal> {
         match departure {
             Departure::Gone(report) => {
                 self.leave();
                 Ok(report_of(&report))
             }
             Departure::Kept(error) => {
-                // It may have been paused for another reason before.
-                let running = self
+                let machine = self
                     .tenant
-                    .as_ref()
-                    .and_then(|tenant| tenant.machine.as_ref())
-                    .is_some_and(Machine::is_running);
-                self.set_state(state_of(!running));
-                Err(Refusal::Failed(format!(
-                    "{error}. The guest is here, as before"
-                )))
+                    .as_mut()
+                    .and_then(|tenant| tenant.machine.as_mut());
+                // What it ended with is told by its run.
+                let goes_on =
+                    machine.is_some_and(|machine| machine.is_running() || machine.has_ended());
+                if before == VmState::Paused || goes_on {
+                    self.set_state(before);
+                    return Err(Refusal::Failed(format!(
+                        "{error}. The guest is here, as before"
+                    )));
+                }
+                let reason = error.to_string();
+                if let Some(info) = &mut self.shared.known().info {
+                    info.state = VmState::Paused;
+                    info.reason = Some(reason.clone());
+                }
+                Err(Refusal::Failed(reason))
             }
             Departure::Away(away, error) => {
                 let what = what_to_do_here(&away);
@@ -304,7 +314,13 @@ where
             return Err(Refusal::Failed(error.to_string()));
         }
         // Whether it ran before is forgotten: whoever takes it back wants it to.
-        failed(machine_resume(self))?;
+        if let Some(machine) = self
+            .tenant
+            .as_mut()
+            .and_then(|tenant| tenant.machine.as_mut())
+        {
+            failed(machine.resume())?;
+        }
         if let Some(info) = &mut self.shared.known().info {
             info.state = VmState::Running;
             info.reason = None;
@@ -331,7 +347,7 @@ where
         match held.wait() {
             Verdict::Run => {
                 self.run_arrived(paused)?;
-                self.attend(held, fill, paused)
+                self.attend(held, fill)
             }
             Verdict::Discard => {
                 self.give_up_arrived();
@@ -344,7 +360,7 @@ where
                 }
                 self.between.undecided = Some(held.decider());
                 self.paused_at_source = paused;
-                self.wait_for_decision(held, fill, paused)
+                self.wait_for_decision(held, fill)
             }
         }
     }
@@ -449,7 +465,6 @@ where
         &mut self,
         mut held: Held,
         fill: Option<Arc<LazyFill>>,
-        _paused: bool,
     ) -> Result<(), ReceiveError> {
         let life = self.life.clone();
         spawn(move || {
@@ -462,12 +477,7 @@ where
         })
     }
 
-    fn attend(
-        &mut self,
-        held: Held,
-        fill: Option<Arc<LazyFill>>,
-        _paused: bool,
-    ) -> Result<(), ReceiveError> {
+    fn attend(&mut self, held: Held, fill: Option<Arc<LazyFill>>) -> Result<(), ReceiveError> {
         let life = self.life.clone();
         spawn(move || attend_to(held, fill.as_deref(), &life))
     }
@@ -506,20 +516,6 @@ where
                 }
             }
         }
-    }
-}
-
-fn machine_resume<H: Hypervisor>(landlord: &mut Landlord<'_, H>) -> Result<(), Error>
-where
-    <<H::VmBuilder as VmBuilder>::Vm as Vm>::Vcpu: 'static,
-{
-    match landlord
-        .tenant
-        .as_mut()
-        .and_then(|tenant| tenant.machine.as_mut())
-    {
-        Some(machine) => machine.resume(),
-        None => Ok(()),
     }
 }
 
