@@ -2,13 +2,14 @@
 //!
 //! [`server`] takes up connections at a [`socket`], [`http`] reads requests from their [`wire`] and writes answers,
 //! [`routes`] knows every path and asks the [`Vmm`](crate::control::Vmm). [`body`] reads what is sent, as one of the types
-//! of [`model`] and [`config`]. [`client`] is the other end, which the command line uses. `docs/openapi.yaml` describes it
+//! of [`model`], [`migration`] and [`config`]. [`client`] is the other end, which the command line uses. `docs/openapi.yaml` describes it
 //! all, and a test holds the server against that file.
 
 mod body;
 pub mod client;
 mod config;
 mod http;
+pub mod migration;
 pub mod model;
 mod routes;
 pub mod server;

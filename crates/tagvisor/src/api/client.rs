@@ -11,9 +11,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::http::{Answer, read_answer};
+use super::migration::{DecideMigrationConfig, ReceiveMigrationConfig, SendMigrationConfig};
 use super::model::{SnapshotConfig, VmInfo};
 use super::wire::Wire;
-use crate::control::SnapshotReport;
+use crate::control::{Decision, MigrationReport, SnapshotReport};
 
 /// Why a VMM did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +119,54 @@ impl Client {
     pub fn snapshot(&self, config: &SnapshotConfig) -> Result<SnapshotReport, Error> {
         let body = self.write(config)?;
         self.read(&self.ask("PUT", "vm.snapshot", Some(&body), None)?)
+    }
+
+    /// Sends the guest to another host, and waits for it as long as it takes.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn send_migration(&self, config: &SendMigrationConfig) -> Result<MigrationReport, Error> {
+        let mut config = config.clone();
+        config.report = true;
+        let body = self.write(&config)?;
+        self.read(&self.ask("PUT", "vm.send-migration", Some(&body), None)?)
+    }
+
+    /// Waits for a guest of another host, as long as it takes.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    #[allow(
+        dead_code,
+        reason = "`tagvisor receive` is a VMM itself; tests ask one"
+    )]
+    pub fn receive_migration(&self, config: &ReceiveMigrationConfig) -> Result<(), Error> {
+        let body = self.write(config)?;
+        self.ask("PUT", "vm.receive-migration", Some(&body), None)
+            .map(drop)
+    }
+
+    /// Gives up the migration that is on its way.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn cancel_migration(&self) -> Result<(), Error> {
+        self.put("vm.cancel-migration")
+    }
+
+    /// Decides where a guest runs of which that is not known.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn decide_migration(&self, run: Decision) -> Result<(), Error> {
+        let body = self.write(&DecideMigrationConfig { run })?;
+        self.ask(
+            "PUT",
+            "vm.decide-migration",
+            Some(&body),
+            Some(self.patience),
+        )
+        .map(drop)
     }
 
     /// The process that listens.

@@ -298,7 +298,7 @@ enum ConsoleMode {
 
 /// A console.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-struct ConsoleConfig {
+pub struct ConsoleConfig {
     mode: ConsoleMode,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     file: Option<PathBuf>,
@@ -306,7 +306,7 @@ struct ConsoleConfig {
 
 impl ConsoleConfig {
     /// Of the serial console.
-    fn console(&self) -> Result<Console, Invalid> {
+    pub fn console(&self) -> Result<Console, Invalid> {
         match (self.mode, &self.file) {
             (ConsoleMode::Off | ConsoleMode::Null, _) => Ok(Console::Off),
             (ConsoleMode::Tty, _) => Ok(Console::Stdio),

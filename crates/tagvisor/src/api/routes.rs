@@ -1,4 +1,4 @@
-//! What can be asked for: Cloud Hypervisor's paths, each with what is done.
+//! What can be asked for: Cloud Hypervisor's paths and ours, each with what is done.
 //!
 //! A request ends with a status, and unless all is well with the reasons: a JSON array of text, from what was asked for
 //! to why it was not done.
@@ -6,6 +6,7 @@
 use super::body::{Invalid, read};
 use super::config::VmConfig;
 use super::http::{Request, Response, Status};
+use super::migration::{DecideMigrationConfig, ReceiveMigrationConfig, SendMigrationConfig};
 use super::model::{PingResponse, RestoreConfig, SnapshotConfig, VmInfo};
 use crate::control::{Refusal, Vmm};
 
@@ -83,8 +84,6 @@ const fn route(name: &'static str, failure: &'static str, action: Action) -> Rou
 const NO_HOTPLUG: &str =
     "Tagvisor's machines keep the devices that they were created with: name them in vm.create";
 const NO_RESIZE: &str = "Tagvisor's machines keep the size that they were created with";
-const NO_MIGRATION: &str =
-    "this version of Tagvisor cannot migrate a VM; use vm.snapshot and vm.restore";
 
 /// Every path.
 pub const ROUTES: &[Route] = {
@@ -207,12 +206,22 @@ pub const ROUTES: &[Route] = {
         route(
             "vm.receive-migration",
             "Error receiving migration",
-            Lack(NO_MIGRATION),
+            DoWith(receive_migration),
         ),
         route(
             "vm.send-migration",
             "Error sending migration",
-            Lack(NO_MIGRATION),
+            DoWith(send_migration),
+        ),
+        route(
+            "vm.cancel-migration",
+            "The migration could not be cancelled",
+            Do(|vmm| vmm.cancel_migration()),
+        ),
+        route(
+            "vm.decide-migration",
+            "It could not be decided where the VM runs",
+            DoWith(decide_migration),
         ),
         route(
             "vm.coredump",
@@ -332,5 +341,26 @@ fn snapshot(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
 
 fn restore(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
     vmm.restore(read::<RestoreConfig>(body)?.request()?)?;
+    Ok(Response::NO_CONTENT)
+}
+
+fn send_migration(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
+    let config: SendMigrationConfig = read(body)?;
+    let wants_report = config.report;
+    let report = vmm.migrate(config.request()?)?;
+    Ok(if wants_report {
+        Response::ok(&report)
+    } else {
+        Response::NO_CONTENT
+    })
+}
+
+fn receive_migration(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
+    vmm.receive(read::<ReceiveMigrationConfig>(body)?.request()?)?;
+    Ok(Response::NO_CONTENT)
+}
+
+fn decide_migration(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
+    vmm.decide_migration(read::<DecideMigrationConfig>(body)?.run)?;
     Ok(Response::NO_CONTENT)
 }

@@ -7,6 +7,7 @@ use vmm::console::ConsoleConfig;
 
 use super::super::body::{interpret, read};
 use super::super::config::VmConfig;
+use super::super::migration::{DecideMigrationConfig, ReceiveMigrationConfig, SendMigrationConfig};
 use super::super::model::{RestoreConfig, SnapshotConfig, parse_compression};
 
 fn machine(body: &serde_json::Value) -> Result<MachineConfig, String> {
@@ -240,6 +241,82 @@ fn restores_that_contradict_themselves_or_ask_for_more_are_refused() {
     assert_eq!(refused.map(|result| result.is_err()), [true; 10]);
 }
 
+/// Why a guest is not sent away: to `/run/b`, with this field.
+fn not_sent(name: &str, value: serde_json::Value) -> String {
+    let mut body = json!({"destination_url": "unix:/run/b"});
+    body[name] = value;
+    let config = interpret::<SendMigrationConfig>(&body).and_then(SendMigrationConfig::request);
+    config.err().map(|e| e.to_string()).unwrap_or_default()
+}
+
+#[test]
+fn migrations_that_contradict_themselves_or_ask_for_more_are_refused_by_the_fields_name() {
+    let fields = [
+        ("destination_url", json!("/run/b")),
+        ("destination_url", json!("unix:b")),
+        ("destination_url", json!("unix:")),
+        ("destination_url", json!("tcp:6000")),
+        ("destination_url", json!("tcp:///6000")),
+        ("local", json!(true)),
+        ("preserve_source", json!(true)),
+        ("timeout_strategy", json!("Ignore")),
+        ("memory_mode", json!("MemFDs")),
+        ("connections", json!(0)),
+        ("connections", json!(65)),
+        ("connections", json!(-1)),
+        ("downtime_ms", json!(0)),
+        ("timeout_s", json!(0)),
+        ("postcopy", json!("later")),
+        ("bandwidth", json!("fast")),
+        ("bandwidth", json!(1000)),
+        ("compression", json!("gzip")),
+        ("tls_dir", json!("certificates")),
+        ("tls_peer_name", json!("b")),
+        ("max_downtime_ms", json!(1)),
+    ];
+    let unnamed: Vec<_> = fields
+        .into_iter()
+        .filter(|(name, value)| !not_sent(name, value.clone()).contains(&format!("`{name}`")))
+        .collect();
+    assert_eq!(unnamed, []);
+}
+
+#[test]
+fn both_words_for_post_copy_mean_the_same_and_may_not_differ() {
+    let post_copy = |ours: serde_json::Value| {
+        let body =
+            json!({"destination_url": "unix:/b", "memory_mode": "Postcopy", "postcopy": ours});
+        let config = interpret::<SendMigrationConfig>(&body).and_then(SendMigrationConfig::request);
+        config.map(|request| request.post_copy).ok()
+    };
+    let now = Some(::migration::PostCopy::Now);
+    assert_eq!(
+        [json!(null), json!("now"), json!("auto"), json!("never")].map(post_copy),
+        [now, now, None, None]
+    );
+}
+
+#[test]
+fn receptions_that_contradict_themselves_or_ask_for_more_are_refused() {
+    let url = "unix:/run/b";
+    let refused = [
+        json!({}),
+        json!({"receiver_url": "/run/b"}),
+        json!({"receiver_url": url, "unprotected": true, "tls_dir": "/t"}),
+        json!({"receiver_url": url, "tls_peer_name": "a"}),
+        json!({"receiver_url": url, "tls_dir": "t"}),
+        json!({"receiver_url": url, "taps": "tap0"}),
+        json!({"receiver_url": url, "serial": {"mode": "Pty"}}),
+        json!({"receiver_url": url, "zone_updates": [{"id": "a", "host_numa_node": 0}]}),
+    ]
+    .map(|body| {
+        interpret::<ReceiveMigrationConfig>(&body)
+            .and_then(ReceiveMigrationConfig::request)
+            .is_err()
+    });
+    assert_eq!(refused, [true; 8]);
+}
+
 #[test]
 fn a_url_is_a_path_as_it_stands() {
     let request = restore(&json!({"source_url": "file:///a%20b c?d#e"})).unwrap();
@@ -268,9 +345,17 @@ fn a_snapshot_with_an_unknown_field_is_refused() {
 
 proptest! {
     #[test]
+    fn no_url_makes_the_reader_of_addresses_panic(url in "(tcp:|tcp://|unix:)?.{0,120}") {
+        let _ = SendMigrationConfig::to(url).request();
+    }
+
+    #[test]
     fn no_text_makes_the_bodies_panic(text in "[\\[\\]{}\":,a-z0-9._-]{0,60}") {
         let _ = read::<VmConfig>(text.as_bytes()).and_then(VmConfig::machine);
         let _ = read::<SnapshotConfig>(text.as_bytes()).and_then(SnapshotConfig::request);
         let _ = read::<RestoreConfig>(text.as_bytes()).and_then(RestoreConfig::request);
+        let _ = read::<SendMigrationConfig>(text.as_bytes()).and_then(SendMigrationConfig::request);
+        let _ = read::<ReceiveMigrationConfig>(text.as_bytes()).and_then(ReceiveMigrationConfig::request);
+        let _ = read::<DecideMigrationConfig>(text.as_bytes());
     }
 }

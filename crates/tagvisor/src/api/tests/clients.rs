@@ -6,10 +6,11 @@ use std::thread;
 use std::time::Instant;
 
 use super::super::client::{Client, Error};
+use super::super::migration::{ReceiveMigrationConfig, SendMigrationConfig};
 use super::super::model::SnapshotConfig;
-use super::double::{Call, report};
+use super::double::{Call, migration_report, report};
 use super::*;
-use crate::control::{Refusal, VmState};
+use crate::control::{Decision, Refusal, VmState};
 
 /// What a client makes of one who answers `answer`, whatever is asked.
 fn told(answer: &'static [u8]) -> Error {
@@ -50,6 +51,44 @@ fn what_a_client_asks_is_done() {
         (VmState::Running, 2)
     );
     assert_eq!(written.unwrap(), report());
+}
+
+#[test]
+fn what_a_client_asks_of_migrations_is_done() {
+    let served = Served::running();
+    let client = Client::new(served.socket());
+    let arriving: ReceiveMigrationConfig =
+        serde_json::from_str(r#"{"receiver_url": "unix:/run/b"}"#).unwrap();
+
+    let sent = client.send_migration(&SendMigrationConfig::to("unix:/run/b"));
+    client.receive_migration(&arriving).unwrap();
+    client.cancel_migration().unwrap();
+    client.decide_migration(Decision::Here).unwrap();
+
+    assert_eq!(sent.unwrap(), migration_report());
+    assert!(matches!(
+        served.vmm.calls()[..],
+        [
+            Call::Migrate(_),
+            Call::Receive(_),
+            Call::CancelMigration,
+            Call::DecideMigration(Decision::Here)
+        ]
+    ));
+}
+
+#[test]
+fn a_migration_is_waited_for_longer_than_other_answers() {
+    let served = Served::running();
+    served.vmm.hold();
+    let client = Client::new(served.socket()).patient(Duration::from_millis(50));
+    let sending = thread::spawn(move || client.send_migration(&SendMigrationConfig::to("unix:/b")));
+
+    wait_until(|| !served.vmm.calls().is_empty());
+    thread::sleep(Duration::from_millis(200));
+    served.vmm.release();
+
+    assert_eq!(sending.join().unwrap().unwrap(), migration_report());
 }
 
 #[test]

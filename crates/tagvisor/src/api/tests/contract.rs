@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::super::routes::ROUTES;
 use super::double::running;
 use super::*;
-use crate::control::{Refusal, VmState, Work};
+use crate::control::{MigrationWork, Refusal, VmState, Work};
 
 const OPENAPI: &str = include_str!("../../../../../docs/openapi.yaml");
 
@@ -133,6 +133,15 @@ fn eventful() -> Served {
         pages_done: 1,
         pages_total: 2,
         bytes: 3,
+        migration: Some(MigrationWork {
+            round: 1,
+            tag_bytes: 2,
+            pages_per_second: 3,
+            changes_per_second: 4,
+            expected_downtime_us: 5,
+            slowed: 20,
+            post_copy: false,
+        }),
     });
     info.config.disk = vec!["a.img,readonly,id=root".parse().unwrap()];
     info.config.net = vec!["tap0,mac=02:00:00:00:00:01,mtu=1400".parse().unwrap()];
@@ -219,7 +228,7 @@ fn every_example_is_accepted() {
                 .0
         })
         .collect();
-    assert_eq!(statuses, [204, 204, 200]);
+    assert_eq!(statuses, [204, 204, 204, 204, 200, 200]);
 }
 
 #[test]

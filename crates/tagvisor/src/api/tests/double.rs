@@ -5,7 +5,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use vmm::config::MachineConfig;
 
 use crate::control::{
-    Refusal, RestoreRequest, SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm,
+    Decision, MigrationReport, MigrationRequest, ReceptionRequest, Refusal, RestoreRequest,
+    SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm,
 };
 
 /// One call.
@@ -20,6 +21,10 @@ pub enum Call {
     Delete,
     Snapshot(SnapshotRequest),
     Restore(RestoreRequest),
+    Migrate(MigrationRequest),
+    CancelMigration,
+    DecideMigration(Decision),
+    Receive(ReceptionRequest),
     ShutDownVmm,
 }
 
@@ -67,13 +72,13 @@ impl Double {
         *self.refusal.lock().unwrap() = Some(refusal);
     }
 
-    /// Makes snapshots take until they are released.
-    pub fn hold_snapshots(&self) {
+    /// Makes snapshots and migrations take until they are released.
+    pub fn hold(&self) {
         *self.held.lock().unwrap() = true;
     }
 
     /// Lets them go on.
-    pub fn release_snapshots(&self) {
+    pub fn release(&self) {
         *self.held.lock().unwrap() = false;
         self.released.notify_all();
     }
@@ -81,6 +86,11 @@ impl Double {
     /// What it was asked.
     pub fn calls(&self) -> Vec<Call> {
         self.calls.lock().unwrap().clone()
+    }
+
+    fn wait(&self) {
+        let held = self.held.lock().unwrap();
+        drop(self.released.wait_while(held, |held| *held).unwrap());
     }
 
     fn asked(&self, call: Call) -> Result<(), Refusal> {
@@ -124,13 +134,30 @@ impl Vmm for Double {
 
     fn snapshot(&self, request: SnapshotRequest) -> Result<SnapshotReport, Refusal> {
         self.asked(Call::Snapshot(request))?;
-        let held = self.held.lock().unwrap();
-        drop(self.released.wait_while(held, |held| *held).unwrap());
+        self.wait();
         Ok(report())
     }
 
     fn restore(&self, request: RestoreRequest) -> Result<(), Refusal> {
         self.asked(Call::Restore(request))
+    }
+
+    fn migrate(&self, request: MigrationRequest) -> Result<MigrationReport, Refusal> {
+        self.asked(Call::Migrate(request))?;
+        self.wait();
+        Ok(migration_report())
+    }
+
+    fn cancel_migration(&self) -> Result<(), Refusal> {
+        self.asked(Call::CancelMigration)
+    }
+
+    fn decide_migration(&self, decision: Decision) -> Result<(), Refusal> {
+        self.asked(Call::DecideMigration(decision))
+    }
+
+    fn receive(&self, request: ReceptionRequest) -> Result<(), Refusal> {
+        self.asked(Call::Receive(request))
     }
 
     fn shut_down_vmm(&self) {
@@ -147,5 +174,19 @@ pub fn report() -> SnapshotReport {
         rounds: 3,
         total_us: 41_000,
         blackout_us: 900,
+    }
+}
+
+/// What every migration comes to.
+pub fn migration_report() -> MigrationReport {
+    MigrationReport {
+        rounds: 3,
+        pages: 27_511,
+        fetched: 512,
+        bytes: 46 << 20,
+        tag_bytes: 1 << 20,
+        downtime_us: 132_000,
+        total_us: 12_420_000,
+        slowed: 20,
     }
 }

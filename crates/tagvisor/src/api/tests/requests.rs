@@ -5,9 +5,12 @@ use std::io::Write;
 use serde_json::json;
 use vmm::config::MachineConfig;
 
-use super::double::{Call, Double, report};
+use super::double::{Call, Double, migration_report, report};
 use super::*;
-use crate::control::{Refusal, SnapshotRequest, VmState};
+use crate::control::{
+    Changes, Decision, MigrationRequest, ReceptionRequest, Refusal, SnapshotRequest, TlsRequest,
+    VmState,
+};
 
 /// Asks for a path without a body; returns the status, and what the VMM was asked.
 fn put(name: &str) -> (u16, Vec<Call>) {
@@ -218,6 +221,158 @@ fn a_restored_machine_stands_still_unless_it_is_to_resume() {
     );
 }
 
+/// What becomes of a guest that is sent away as Cloud Hypervisor's clients ask for it.
+fn sent_to(destination: &str) -> MigrationRequest {
+    MigrationRequest {
+        destination: destination.parse().unwrap(),
+        tls: None,
+        connections: std::num::NonZeroU8::MIN,
+        post_copy: migration::PostCopy::Never,
+        may_slow: true,
+        max_downtime: Duration::from_millis(300),
+        bandwidth: None,
+        compression: stream::Compression::None,
+        timeout: None,
+        recover: false,
+    }
+}
+
+#[test]
+fn a_guest_is_sent_away_as_cloud_hypervisors_clients_ask_for_it() {
+    let served = Served::running();
+    let bodies = [
+        r#"{"destination_url": "tcp:192.0.2.7:6000", "local": false}"#,
+        r#"{"destination_url": "unix:/run/b.sock", "timeout_strategy": "Cancel", "memory_mode": "Precopy"}"#,
+    ];
+
+    let answers = bodies.map(|body| served.ask("PUT", "vm.send-migration", body));
+
+    assert_eq!(answers, [(204, json!(null)), (204, json!(null))]);
+    assert_eq!(
+        served.vmm.calls(),
+        [
+            Call::Migrate(sent_to("tcp://192.0.2.7:6000")),
+            Call::Migrate(sent_to("unix:/run/b.sock"))
+        ]
+    );
+}
+
+#[test]
+fn a_guest_is_sent_away_with_fields_of_ours_and_reported() {
+    let served = Served::running();
+    let body = json!({"destination_url": "tcp://b.example:6000", "connections": 4, "postcopy": "auto",
+        "may_slow": false, "downtime_ms": 50, "bandwidth": "800Mbit", "compression": "lz4", "tls_dir": "/etc/tls",
+        "tls_peer_name": "b", "timeout_s": 60, "recover": true, "report": true});
+
+    let answer = served.ask("PUT", "vm.send-migration", &body.to_string());
+
+    let expected = MigrationRequest {
+        tls: Some(TlsRequest {
+            directory: "/etc/tls".into(),
+            peer_name: Some("b".into()),
+        }),
+        connections: 4.try_into().unwrap(),
+        post_copy: migration::PostCopy::Auto,
+        may_slow: false,
+        max_downtime: Duration::from_millis(50),
+        bandwidth: Some("100MB/s".parse().unwrap()),
+        compression: stream::Compression::Lz4,
+        timeout: Some(Duration::from_secs(60)),
+        recover: true,
+        ..sent_to("tcp://b.example:6000")
+    };
+    assert_eq!(
+        answer,
+        (200, serde_json::to_value(migration_report()).unwrap())
+    );
+    assert_eq!(served.vmm.calls(), [Call::Migrate(expected)]);
+}
+
+#[test]
+fn a_guest_is_received_as_it_was_or_with_changes() {
+    let served = Served::running();
+    let plain = r#"{"receiver_url": "tcp:0.0.0.0:6000", "zone_updates": []}"#;
+    let ours = json!({"receiver_url": "unix:/run/a", "unprotected": true, "name": "web", "taps": ["tap1"],
+        "disks": ["/d"], "ports": ["/p"], "serial": {"mode": "File", "file": "/log"}});
+
+    let statuses =
+        [plain, &ours.to_string()].map(|body| served.ask("PUT", "vm.receive-migration", body).0);
+
+    let as_it_was = ReceptionRequest {
+        listen: "tcp://0.0.0.0:6000".parse().unwrap(),
+        tls: None,
+        unprotected: false,
+        changes: Changes::default(),
+    };
+    let with_changes = ReceptionRequest {
+        listen: "unix:/run/a".parse().unwrap(),
+        tls: None,
+        unprotected: true,
+        changes: Changes {
+            name: Some("web".into()),
+            console: Some(vmm::console::ConsoleConfig::File("/log".into())),
+            taps: vec!["tap1".into()],
+            disks: vec!["/d".into()],
+            ports: vec!["/p".into()],
+        },
+    };
+    assert_eq!(statuses, [204, 204]);
+    assert_eq!(
+        served.vmm.calls(),
+        [Call::Receive(as_it_was), Call::Receive(with_changes)]
+    );
+}
+
+#[test]
+fn a_migration_is_cancelled_and_decided() {
+    let served = Served::running();
+    let decide = |body| served.ask("PUT", "vm.decide-migration", body).0;
+
+    let statuses = [
+        served.ask("PUT", "vm.cancel-migration", "").0,
+        decide(r#"{"run": "here"}"#),
+        decide(r#"{"run": "elsewhere"}"#),
+        decide(r#"{"run": "both"}"#),
+        decide(""),
+    ];
+
+    assert_eq!(statuses, [204, 204, 204, 400, 400]);
+    assert_eq!(
+        served.vmm.calls(),
+        [
+            Call::CancelMigration,
+            Call::DecideMigration(Decision::Here),
+            Call::DecideMigration(Decision::Elsewhere)
+        ]
+    );
+}
+
+#[test]
+fn a_migration_whose_client_left_goes_on_and_is_told_of() {
+    let served = Served::running();
+    served.vmm.hold();
+    let mut leaving = served.connect();
+    leaving
+        .write_all(&request(
+            "PUT",
+            "vm.send-migration",
+            r#"{"destination_url": "unix:/run/b"}"#,
+        ))
+        .unwrap();
+    wait_until(|| !served.vmm.calls().is_empty());
+
+    drop(leaving);
+    let (told, _) = served.ask("GET", "vm.info", "");
+    let (cancelled, _) = served.ask("PUT", "vm.cancel-migration", "");
+    served.vmm.release();
+
+    assert_eq!((told, cancelled), (200, 204));
+    assert_eq!(
+        served.vmm.calls(),
+        [Call::Migrate(sent_to("unix:/run/b")), Call::CancelMigration]
+    );
+}
+
 #[test]
 fn paths_that_are_not_there_are_not_found() {
     let served = Served::running();
@@ -320,7 +475,7 @@ fn a_client_that_asks_before_it_sends_a_body_is_told_to_go_on() {
 #[test]
 fn info_is_answered_while_a_snapshot_is_written() {
     let served = Served::running();
-    served.vmm.hold_snapshots();
+    served.vmm.hold();
     let mut writing = served.connect();
     writing
         .write_all(&request(
@@ -331,7 +486,7 @@ fn info_is_answered_while_a_snapshot_is_written() {
         .unwrap();
 
     let (info, _) = served.ask("GET", "vm.info", "");
-    served.vmm.release_snapshots();
+    served.vmm.release();
     let written = everything(&mut writing);
 
     assert_eq!((info, status(&written)), (200, 204));
@@ -340,7 +495,7 @@ fn info_is_answered_while_a_snapshot_is_written() {
 #[test]
 fn a_snapshot_whose_client_left_is_written_to_its_end() {
     let served = Served::running();
-    served.vmm.hold_snapshots();
+    served.vmm.hold();
     let mut leaving = served.connect();
     leaving
         .write_all(&request(
@@ -352,7 +507,7 @@ fn a_snapshot_whose_client_left_is_written_to_its_end() {
     wait_until(|| !served.vmm.calls().is_empty());
 
     drop(leaving);
-    served.vmm.release_snapshots();
+    served.vmm.release();
 
     assert_eq!(served.ask("PUT", "vm.pause", "").0, 204);
     assert_eq!(served.vmm.calls().len(), 2);
@@ -376,7 +531,7 @@ fn a_server_that_ends_sends_away_who_waits_and_removes_its_socket() {
 #[test]
 fn a_server_that_ends_still_answers_what_was_asked() {
     let mut served = Served::running();
-    served.vmm.hold_snapshots();
+    served.vmm.hold();
     let mut asking = served.connect();
     asking
         .write_all(&request(
@@ -389,7 +544,7 @@ fn a_server_that_ends_still_answers_what_was_asked() {
 
     let server = served.server.take();
     let ending = std::thread::spawn(move || drop(server));
-    served.vmm.release_snapshots();
+    served.vmm.release();
     let answer = everything(&mut asking);
     ending.join().unwrap();
 
