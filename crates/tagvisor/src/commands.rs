@@ -1,6 +1,8 @@
-//! The commands that ask a running machine, over its control socket.
+//! The commands that ask a running machine, over its control socket, or look at a saved one.
 
+mod addresses;
 pub mod api;
+pub mod core;
 pub mod info;
 pub mod inspect;
 pub mod kill;
@@ -9,6 +11,8 @@ mod machine;
 mod progress;
 pub mod snapshot;
 pub mod stop;
+pub mod tags;
+mod target;
 mod text;
 
 use std::error::Error;

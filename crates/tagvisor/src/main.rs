@@ -76,6 +76,10 @@ enum Command {
     Kill(commands::Named),
     /// Writes a machine to a file, with its memory and tags, while it runs.
     Snapshot(commands::snapshot::Args),
+    /// Shows the memory tags of a snapshot: figures, a picture, dumps, searches, differences.
+    Tags(commands::tags::Args),
+    /// Writes a snapshot as an ELF core, with its tags, for debuggers.
+    Core(commands::core::Args),
 }
 
 impl Command {
@@ -114,6 +118,8 @@ fn main() -> ExitCode {
         Command::Stop(args) => commands::stop::stop(&args),
         Command::Kill(named) => commands::kill::kill(&named),
         Command::Snapshot(args) => commands::snapshot::snapshot(args),
+        Command::Tags(args) => commands::tags::tags(&args),
+        Command::Core(args) => commands::core::core(&args),
     };
     result.unwrap_or_else(|e| {
         // `eprintln!` panics where nobody reads standard error.

@@ -1,0 +1,40 @@
+//! Looking at a machine's memory and tags without changing either: figures, pictures, dumps, searches, differences, ELF
+//! cores.
+//!
+//! [`TaggedMemory`] is what can be looked at: memory that is read at random, with the tags, and the vCPUs' states. A
+//! snapshot is one ([`SnapshotMemory`]). A [`View`] is a range of it, by guest-physical addresses or by the virtual ones
+//! that a guest's translation tables give it ([`walk`]). Everything else goes through a view once, in pieces:
+//! [`Statistics`], [`Grid`] (the picture), [`dump`], [`find`], [`differences`]. [`core`] writes the whole machine.
+//!
+//! Memory in use does not grow with the guest's, but for what a snapshot's index takes.
+
+#![forbid(unsafe_code)]
+
+pub mod core;
+mod diff;
+mod dump;
+mod error;
+mod find;
+mod map;
+mod memory;
+mod palette;
+mod picture;
+mod registers;
+mod snapshot;
+mod stat;
+mod terminal;
+mod view;
+pub mod walk;
+
+pub use diff::{Change, Difference, Totals, differences};
+pub use dump::{Format, dump};
+pub use error::{Error, Result};
+pub use find::{Wanted, find};
+pub use map::{Cell, Grid};
+pub use memory::{TaggedMemory, Visitor};
+pub use palette::{Colour, HOLE, NO_MEMORY, colour_of, tag_colour};
+pub use picture::write_png;
+pub use snapshot::SnapshotMemory;
+pub use stat::{Counts, Region, Statistics};
+pub use terminal::{Colours, draw};
+pub use view::{Gap, Part, Space, View};

@@ -1,0 +1,45 @@
+//! What can be looked at: the seam between a machine, saved or running, and everything that shows something of it.
+
+use std::ops::Range;
+
+use engine::VcpuState;
+use mte::TagPage;
+use stream::{Page, Run};
+
+use crate::error::Result;
+
+/// What takes pages that were read.
+pub type Visitor<'a> = &'a mut dyn FnMut(Run<'_>) -> Result<()>;
+
+/// A machine's memory, with tags, that can be read at random while it does not change, and its vCPUs.
+///
+/// Pages are of [`stream::PAGE_SIZE`] bytes, and their numbers guest-physical addresses divided by that. Populated pages
+/// are those that the guest's memory has; the others are holes, which read as zeros with tag 0.
+pub trait TaggedMemory {
+    /// Whether its pages have tags.
+    fn has_tags(&self) -> bool;
+
+    /// The pages that are RAM to the guest, populated or not.
+    fn ram(&self) -> Range<u64>;
+
+    /// The vCPUs, in order; none if it is memory alone.
+    fn vcpus(&self) -> &[VcpuState];
+
+    /// The first run of populated pages at or after `from`, or the part of it from there on. Runs that touch are one.
+    ///
+    /// # Errors
+    /// Whatever keeps it from telling.
+    fn next_run(&mut self, from: u64) -> Result<Option<Range<u64>>>;
+
+    /// Copies pages `first` and following. `tags` has as many pages as `data`, or none if the memory has none.
+    ///
+    /// # Errors
+    /// Whatever keeps it from reading.
+    fn read(&mut self, first: u64, data: &mut [Page], tags: &mut [TagPage]) -> Result<()>;
+
+    /// Gives each populated page of `pages` to `each` once, in the order that costs least.
+    ///
+    /// # Errors
+    /// Whatever keeps it from reading; what `each` returns.
+    fn visit(&mut self, pages: Range<u64>, each: Visitor<'_>) -> Result<()>;
+}
