@@ -38,6 +38,17 @@ const NATIVE: &[Native] = &[
         name: "faults-model",
         cargo: &["bench", "-p", "engine", "--bench", "page_state"],
     },
+    Native {
+        name: "inspect",
+        cargo: &[
+            "run",
+            "--release",
+            "-p",
+            "benches",
+            "--bin",
+            "bench-inspect",
+        ],
+    },
 ];
 
 struct Native {

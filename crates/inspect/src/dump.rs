@@ -61,8 +61,9 @@ pub(crate) fn granules(
 ) -> Result<()> {
     for (tags, page) in run.tags.iter().zip(0..) {
         let page = address + page * PAGE;
-        let first = range.start.clamp(page, page + PAGE);
-        let end = range.end.clamp(page, page + PAGE);
+        let behind = page.saturating_add(PAGE);
+        let first = range.start.clamp(page, behind);
+        let end = range.end.clamp(page, behind);
         let [from, to] = [first, end].map(|at| ((at - page) / GRANULE) as usize);
         if from < to {
             each(first, &tags.unpack()[from..to])?;

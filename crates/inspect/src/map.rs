@@ -78,7 +78,8 @@ impl Grid {
         let cells = width as u64 * (max_height as u64 - 1);
         let cell_bytes = (range.end - range.start)
             .div_ceil(cells)
-            .next_power_of_two()
+            .checked_next_power_of_two()
+            .unwrap_or(1 << 63)
             .max(GRANULE);
         let row_bytes = cell_bytes.saturating_mul(width as u64);
         let start = range.start / row_bytes * row_bytes;
@@ -143,7 +144,9 @@ impl Grid {
     fn add_page(&mut self, address: u64, tags: &TagPage) {
         let granules = (self.cell_bytes / GRANULE).min(PAGE / GRANULE);
         if let Some(tag) = tags.uniform() {
-            for cell in (address..address + PAGE).step_by((granules * GRANULE) as usize) {
+            for cell in
+                (address..address.saturating_add(PAGE)).step_by((granules * GRANULE) as usize)
+            {
                 if let Some(tally) = self.at(cell) {
                     tally.add(tag, granules as u32);
                 }

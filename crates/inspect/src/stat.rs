@@ -101,9 +101,13 @@ impl Counts {
         entropy(&self.granules()[1..])
     }
 
-    /// Bits that the tag of a granule says to whoever knows its neighbour's. Neighbours are the two in a byte of packed tags.
+    /// Bits that the tag of a granule says to whoever knows the one before. These two are those in a byte of packed tags.
     pub fn entropy_beside_neighbour(&self) -> f64 {
-        (entropy(&self.pairs) - self.entropy()).max(0.0)
+        let mut firsts = [0; Tag::COUNT];
+        for (pair, count) in self.pairs.iter().enumerate() {
+            firsts[pair & 0xf] += count;
+        }
+        (entropy(&self.pairs) - entropy(&firsts)).max(0.0)
     }
 }
 

@@ -54,7 +54,8 @@ pub struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    /// These addresses, in whole granules. The top byte of a virtual address does not count.
+    /// These addresses, in whole granules. Virtual ones must be canonical ([`Walker::canonical_range`]). The last granule of
+    /// all 64-bit addresses is in no range.
     ///
     /// # Errors
     /// [`Error::EmptyRange`].
@@ -216,7 +217,8 @@ impl<'a> View<'a> {
         ];
         for (part, gap) in parts {
             if !part.is_empty() {
-                let seen = |page: u64| address + (page - pages.start).saturating_mul(PAGE);
+                let seen =
+                    |page: u64| address.saturating_add((page - pages.start).saturating_mul(PAGE));
                 each(Part::Gap(seen(part.start)..seen(part.end), gap))?;
             }
         }

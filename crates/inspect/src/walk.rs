@@ -358,8 +358,9 @@ impl Walker {
             return Err(empty);
         };
         let [start, last] = [self.canonical(range.start)?, self.canonical(last)?];
+        let same_half = VaRange::of_address(start) == VaRange::of_address(last);
         match last.checked_add(1) {
-            Some(end) if start <= last => Ok(start..end),
+            Some(end) if start <= last && (same_half || !self.regime.enabled) => Ok(start..end),
             _ => Err(empty),
         }
     }

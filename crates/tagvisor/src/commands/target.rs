@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use engine::VcpuState;
 use inspect::SnapshotMemory;
 use stream::Snapshot;
-use vmm::layout::{PAGE_SIZE, RAM_START};
+use vmm::layout::{PAGE_SIZE, RAM_START, max_ram};
 use vmm::machine::snapshot::{self, ReadError, SavedMachine};
 
 use crate::name;
@@ -63,7 +63,8 @@ impl Target {
         match SavedMachine::read(&snapshot) {
             Ok(saved) => {
                 let first = RAM_START / PAGE_SIZE;
-                let pages = saved.config.memory.0 / PAGE_SIZE;
+                // What the file says is not to be believed.
+                let pages = saved.config.memory.0.min(max_ram(52)) / PAGE_SIZE;
                 Ok(Self {
                     snapshot,
                     ram: Some(first..first + pages),

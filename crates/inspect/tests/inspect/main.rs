@@ -1,0 +1,8 @@
+//! What can be seen of memory, on snapshots and other memory made for it.
+
+mod core;
+mod machine;
+mod output;
+mod real;
+mod snapshots;
+mod walk;
