@@ -302,7 +302,7 @@ impl Layout {
 
 /// Bits `low` to `end` - 1.
 const fn bits(low: u32, end: u32) -> u64 {
-    (1 << end) - 1 & u64::MAX << low
+    ((1 << end) - 1) & (u64::MAX << low)
 }
 
 /// Walks tables, and remembers those that it read last.

@@ -91,7 +91,7 @@ fn memory_and_tags_come_back_and_holes_are_in_no_segment() {
         (RAM << 12, RAM << 12, 3 * 4096)
     );
     assert_eq!(low.data, [[1; 4096], [2; 4096], ZERO_PAGE].as_flattened());
-    assert_eq!((high.paddr, high.memsz), (RAM + 9 << 12, 4096));
+    assert_eq!((high.paddr, high.memsz), ((RAM + 9) << 12, 4096));
     let [low_tags, high_tags] = kinds(&all, PT_AARCH64_MEMTAG_MTE)[..] else {
         panic!("tags for both: {summary:?}")
     };

@@ -130,7 +130,7 @@ impl SpaceArgs {
         match self.walker(memory)? {
             Some(walker) => walker.canonical(pointer).map_err(|e| e.to_string()),
             // A physical address has at most 52 bits.
-            None => Ok(pointer & (1 << 56) - 1),
+            None => Ok(pointer & ((1 << 56) - 1)),
         }
     }
 }
