@@ -87,3 +87,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_chunk_whose_pages_are_apart_is_visited_once() {
+    let snapshot = tagged(&[&[page(RAM, 1, counting()), page(RAM + 5, 2, counting())]]);
+    let mut seen = Vec::new();
+
+    memory(&snapshot, 8)
+        .visit(0..u64::MAX, &mut |run| {
+            seen.extend(run.pages());
+            Ok(())
+        })
+        .unwrap();
+
+    assert_eq!(seen, [RAM, RAM + 5]);
+}

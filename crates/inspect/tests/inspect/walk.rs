@@ -2,7 +2,7 @@
 
 use engine::RegisterId;
 use inspect::walk::{Extent, Fault, Regime, Walker};
-use inspect::{Error, Space, Statistics, View};
+use inspect::{Error, Format, Space, Statistics, View, dump};
 use proptest::prelude::*;
 use stream::ZERO_PAGE;
 
@@ -376,6 +376,23 @@ fn a_range_that_circles_map_again_and_again_is_given_up() {
     let given_up = Statistics::of(&mut view);
 
     assert!(matches!(given_up, Err(Error::TooManyMappings(5000))));
+}
+
+#[test]
+fn a_dump_by_virtual_addresses_says_what_is_not_mapped() {
+    let mut tables = Tables::new(LAYOUTS[0]);
+    tables.map(0x5000, tables.root, 3);
+    let space = Space::Virtual(Box::new(tables.walker()));
+    let mut view = View::new(&mut tables.memory, space, 0x4000..0x7000).unwrap();
+    let mut text = Vec::new();
+
+    dump(&mut view, Format::Text, &mut text).unwrap();
+
+    let zeros = "0000000000000000 0000000000000000 0000000000000000 0000000000000000";
+    let expected = format!(
+        "0x0000000000004000  not mapped up to 0x5000\n0x0000000000005000  {zeros}\n*\n0x0000000000006000  not mapped up to 0x7000\n"
+    );
+    assert_eq!(String::from_utf8(text).unwrap(), expected);
 }
 
 #[test]
