@@ -474,7 +474,7 @@ fn source_alone(broken: Broken) {
             assert!(!guest.runs.load(SeqCst));
             network.cut();
             let again = away_recover_fails(&mut guest, *away, &network);
-            away = Box::new(again);
+            *away = again;
             let taken_back = away.take_back(&mut guest);
             match away.state() {
                 Source::Kept => assert!(guest.runs.load(SeqCst) && taken_back.is_ok()),

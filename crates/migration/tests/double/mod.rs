@@ -53,7 +53,7 @@ impl Memory {
     pub fn write(&self, page: u64, value: u64) {
         let mut data = [0; PAGE_SIZE];
         // Some pages have tags and no data.
-        if value % 5 != 0 {
+        if !value.is_multiple_of(5) {
             data.chunks_exact_mut(8)
                 .for_each(|word| word.copy_from_slice(&value.to_le_bytes()));
         }
