@@ -419,6 +419,7 @@ impl<G: Departing> Leaving<'_, G> {
             self.missing = all_of(&*pages, last.range())?;
         }
         self.missing.add(&last);
+        self.fetched = PageSet::none(last.range().clone());
         let pages_stay = pages_may_stay && !self.missing.is_empty();
         if !pages_stay {
             let missing = std::mem::replace(&mut self.missing, PageSet::none(last.range().clone()));
@@ -449,7 +450,6 @@ impl<G: Departing> Leaving<'_, G> {
         // The commit: from here on the guest is not run here, whatever happens.
         self.step(SourceEvent::Ready { pages_stay })?;
         control.say(&Word::Run)?;
-        self.fetched = PageSet::none(last.range().clone());
         self.hear_of_it(control)?;
         self.serve(control, asked)
     }

@@ -419,18 +419,21 @@ impl Network {
         self.changed.notify_all();
     }
 
-    /// A message is written; whether it arrives.
-    fn pass(&self) -> bool {
+    /// A message is written, which `arrive` brings to the other side. It does so before the network breaks.
+    fn pass(&self, arrive: impl FnOnce()) {
         if self.is_broken() {
-            return false;
+            return;
         }
         let number = self.messages.fetch_add(1, SeqCst);
-        match *self.break_at.lock().unwrap() {
-            Some((at, last)) if number == at => {
-                self.cut();
-                last == Last::Arrives
-            }
-            _ => true,
+        let breaks = match *self.break_at.lock().unwrap() {
+            Some((at, last)) if number == at => Some(last),
+            _ => None,
+        };
+        if breaks != Some(Last::IsLost) {
+            arrive();
+        }
+        if breaks.is_some() {
+            self.cut();
         }
     }
 }
@@ -489,9 +492,8 @@ impl Write for PipeEnd {
         if self.is_closed() {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        if self.network.pass() {
-            self.write.0.lock().unwrap().extend(bytes);
-        }
+        self.network
+            .pass(|| self.write.0.lock().unwrap().extend(bytes));
         self.network.tell();
         Ok(bytes.len())
     }
