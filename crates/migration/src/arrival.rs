@@ -323,6 +323,9 @@ impl Receiver {
                         missing.insert(run);
                     }
                 }
+                Incoming::Word(Word::Sending) => {
+                    progress.pages_done.store(tally.pages(), Ordering::Relaxed);
+                }
                 Incoming::Word(Word::RoundEnd { round }) => {
                     progress.round.store(round, Ordering::Relaxed);
                     match tally.wait_for(round, self.patience) {
@@ -417,6 +420,12 @@ impl Tally {
     fn change(&self, change: impl FnOnce(&mut Counts)) {
         change(&mut self.counts.lock().unwrap_or_else(PoisonError::into_inner));
         self.changed.notify_all();
+    }
+
+    /// Pages placed since the beginning.
+    fn pages(&self) -> u64 {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.pages
     }
 
     /// Waits until all links have ended a round; returns how many pages were placed since the beginning.

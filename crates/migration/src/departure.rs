@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU8;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -371,7 +372,10 @@ impl<G: Departing> Leaving<'_, G> {
         let round = self.rounds;
         self.progress.round.store(round, Relaxed);
         expect(self.progress, source)?;
-        let sent = spread(links, source, round, self.progress);
+        let (progress, failed) = (self.progress, &AtomicBool::new(false));
+        let sent = self.in_touch(control, failed, move || {
+            spread(links, source, round, failed, progress)
+        });
         // Also if a link broke: the destination then says why it broke it.
         control.say(&Word::RoundEnd { round })?;
         let receipt = control.hear();
@@ -396,6 +400,34 @@ impl<G: Departing> Leaving<'_, G> {
         };
         self.pages += sent;
         Ok(sent)
+    }
+
+    /// Does what may take longer than the destination is patient, and tells it meanwhile that this side is there. If it cannot
+    /// be told, `failed` is set.
+    fn in_touch<T: Send>(
+        &self,
+        control: &mut Link,
+        failed: &AtomicBool,
+        work: impl FnOnce() -> T + Send,
+    ) -> T {
+        thread::scope(|scope| {
+            let (done, is_done) = mpsc::channel::<()>();
+            let worker = scope.spawn(move || {
+                let outcome = work();
+                drop(done);
+                outcome
+            });
+            while is_done.recv_timeout(self.options.patience / 3) == Err(RecvTimeoutError::Timeout)
+            {
+                if control.say(&Word::Sending).is_err() {
+                    failed.store(true, Relaxed);
+                    break;
+                }
+            }
+            worker
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 
     /// Stops the guest, sends the last of it, and gives it away.
@@ -721,17 +753,17 @@ fn expect(progress: &Progress, source: &impl PageSource) -> Result<()> {
 /// Pages of a chunk.
 const CHUNK: usize = 64;
 
-/// Sends all pages of a source over all links at once, each page over one. Returns how many.
+/// Sends all pages of a source over all links at once, each page over one, unless something `failed`. Returns how many.
 fn spread<S: PageSource + Sync>(
     links: &mut [Link],
     source: &S,
     round: u32,
+    failed: &AtomicBool,
     progress: &Progress,
 ) -> Result<u64> {
     let cursor = Mutex::new(Cursor::new(CHUNK).map_err(Error::Pages)?);
-    let failed = AtomicBool::new(false);
     let results: Vec<Result<u64>> = thread::scope(|scope| {
-        let (cursor, failed) = (&cursor, &failed);
+        let cursor = &cursor;
         let threads: Vec<_> = links
             .iter_mut()
             .map(|link| {

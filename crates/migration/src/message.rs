@@ -107,6 +107,8 @@ pub enum Word {
         /// So many links for requests it wants, should pages stay behind.
         requests: u8,
     },
+    /// Source, on control: a round takes long, and this side is at it.
+    Sending,
     /// Source, at the end of a round, on each link for pages and then on control.
     RoundEnd {
         /// From 1 on.
@@ -146,6 +148,7 @@ impl Word {
             Self::Refused { .. } => "a refusal",
             Self::Offer => "an offer",
             Self::Accept { .. } => "an acceptance",
+            Self::Sending => "that it is sending",
             Self::RoundEnd { .. } => "the end of a round",
             Self::RoundDone { .. } => "the receipt of a round",
             Self::HandOver => "the hand-over",

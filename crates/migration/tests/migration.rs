@@ -17,6 +17,9 @@ use migration::{
 
 const LONG: Duration = Duration::from_secs(20);
 
+/// How long a source may say nothing.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 fn options(post_copy: PostCopy) -> Options {
     Options {
         post_copy,
@@ -71,7 +74,7 @@ fn destination(door: double::Door, mut comer: Comer) -> There {
     let error = Arc::new(Mutex::new(None));
     let (running, deciding, failing) = (runs.clone(), decider.clone(), error.clone());
     let thread = thread::spawn(move || {
-        let receiver = Receiver::new(door, Duration::from_secs(1)).unwrap();
+        let receiver = Receiver::new(door, PATIENCE).unwrap();
         let mut held = match receiver.receive(&mut comer, &Progress::default()) {
             Ok(held) => held,
             Err(why) => {
@@ -154,6 +157,25 @@ fn a_guest_that_writes_arrives_with_every_page_and_tag() {
         );
         assert_eq!(progress.figures().pages_done, report.pages);
     }
+}
+
+#[test]
+fn a_round_may_take_longer_than_the_destination_is_patient() {
+    let (network, door) = Network::new();
+    let mut guest = Leaver::new(0);
+    guest.memory.slowness.store(8, SeqCst);
+    let mut there = destination(door, Comer::new(u64::MAX));
+    let options = Options {
+        patience: PATIENCE,
+        ..options(PostCopy::Never)
+    };
+
+    let progress = Progress::default();
+    let report = went(depart(&mut guest, &Line(network), &options, &progress));
+    there.join();
+
+    assert!(report.total > 2 * PATIENCE, "{report:?}");
+    assert!(same(&guest.memory, &there.memory));
 }
 
 #[test]

@@ -31,6 +31,8 @@ pub struct Content {
 pub struct Memory {
     pages: Mutex<Vec<Option<Box<Content>>>>,
     dirty: Mutex<PageSet>,
+    /// Milliseconds that it takes to read from it.
+    pub slowness: AtomicU64,
 }
 
 impl Memory {
@@ -38,6 +40,7 @@ impl Memory {
         Arc::new(Self {
             pages: Mutex::new(vec![None; PAGES as usize]),
             dirty: Mutex::new(PageSet::none(RAM)),
+            slowness: AtomicU64::new(0),
         })
     }
 
@@ -86,6 +89,7 @@ impl PageSource for Memory {
     }
 
     fn read(&self, first: u64, data: &mut [Page], tags: &mut [TagPage]) -> io::Result<()> {
+        thread::sleep(Duration::from_millis(self.slowness.load(SeqCst)));
         let pages = self.pages.lock().unwrap();
         for (i, (data, tags)) in data.iter_mut().zip(tags).enumerate() {
             let content = &pages[(first - FIRST) as usize + i];
