@@ -149,8 +149,10 @@ pub struct Away {
     state: Source,
     rounds: u32,
     pages: u64,
+    sent: Sent,
     fetched: PageSet,
     missing: PageSet,
+    stopped: Option<Instant>,
     downtime: Duration,
     begun: Instant,
     slowed: u8,
@@ -577,8 +579,10 @@ impl<G: Departing> Leaving<'_, G> {
                 state: self.state,
                 rounds: self.rounds,
                 pages: self.pages,
+                sent: self.sent,
                 fetched: self.fetched,
                 missing: self.missing,
+                stopped: self.stopped,
                 downtime: self.downtime,
                 begun: self.begun,
                 slowed: self.slowed,
@@ -638,10 +642,10 @@ impl Away {
             begun: self.begun,
             rounds: self.rounds,
             pages: self.pages,
-            sent: Sent::default(),
+            sent: self.sent,
             fetched: self.fetched,
             missing: self.missing,
-            stopped: None,
+            stopped: self.stopped,
             downtime: self.downtime,
             slowed: self.slowed,
         };
@@ -690,6 +694,7 @@ impl<G: Departing> Leaving<'_, G> {
         }
         self.serve(&mut control, asked)?;
         let _ = control.finish();
+        self.sent.add((control.bytes(), control.tag_bytes()));
         Ok(())
     }
 }

@@ -449,7 +449,13 @@ fn goes_on_after_mending(mut broken: Broken) {
                 &options(PostCopy::Never),
                 &Progress::default(),
             );
-            went(departure);
+            let report = went(departure);
+            assert!(report.pages + report.fetched >= 256, "{report:?}");
+            assert!(
+                report.tag_bytes > 0 && report.bytes > report.tag_bytes,
+                "{report:?}"
+            );
+            assert!(!report.downtime.is_zero(), "{report:?}");
             broken.there.join();
             assert!(broken.there.runs());
             assert_eq!(broken.there.state(), Some(Destination::Complete));
