@@ -3,6 +3,8 @@
 # A live Linux guest moves from one process to another on one host, over a Unix socket and over loopback: under Debian's QEMU, where
 # it can have no MTE, and under Tagvisor, with MTE and tags. Same kernel, initrd, memory, vCPUs and work.
 #
+# What tags cost is seen beside the same guest without MTE.
+#
 # A VMM is four functions: VMM_start NAME WORK, VMM_receive NAME URI WORK, VMM_move FROM TO URI never|now, which sets the
 # microseconds total and blackout, bytes, and what the VMM has told of pages asked for, and VMM_end NAME. Consoles are in NAME.console.
 set -euo pipefail
@@ -88,6 +90,50 @@ qemu_move() {
         told+=", vCPUs blocked for $(qmp "$to" query-migrate | sed -n 's/.*"postcopy-vcpu-blocktime": \(\[[^]]*\]\).*/\1/p') ms"
 }
 
+# Tagvisor, its guest with MTE or without.
+tagvisor_start() { tagvisor_run "$1" "$2" on; }
+plain_start() { tagvisor_run "$1" "$2" off; }
+tagvisor_receive() { tagvisor_wait "$1" "$2"; }
+plain_receive() { tagvisor_wait "$1" "$2"; }
+tagvisor_move() { tagvisor_migrate "$@"; }
+plain_move() { tagvisor_migrate "$@"; }
+# The guest has left it; or it is stopped.
+tagvisor_end() {
+    tagvisor stop "$1" 2> /dev/null || true
+    wait "${pids[$1]}" || true
+    rm "$1".*
+}
+plain_end() { tagvisor_end "$1"; }
+
+# tagvisor_run NAME WORK MTE
+tagvisor_run() {
+    tagvisor run --name "$1" --kernel $kernel --initrd $initrd --cpus $cpus --memory $memory --mte "$3" --no-reboot \
+        --console "file=$PWD/$1.console" --cmdline "console=ttyS0 quiet -- $2" < /dev/null 2> "$1.errors" &
+    pids[$1]=$!
+    until_console "$1.console" 'at work'
+}
+
+# tagvisor_wait NAME URI
+tagvisor_wait() {
+    local name=$1
+    TAGVISOR_LOG=info tagvisor receive "$name" --listen "${2/tcp:/tcp://}" --console "file=$PWD/$name.console" < /dev/null 2> "$name.errors" &
+    pids[$name]=$!
+    until grep -q 'waiting for a guest' "$name.errors"; do
+        sleep 0.05
+    done
+}
+
+# tagvisor_migrate FROM TO URI POSTCOPY
+tagvisor_migrate() {
+    tagvisor migrate "$1" "${3/tcp:/tcp://}" --postcopy "$4" --max-downtime $max_downtime_ms --connections "${connections:-1}" --json \
+        > "$1.report" 2> "$1.progress" || { cat "$1.progress" >&2; exit 1; }
+    total=$(field total_us < "$1.report")
+    blackout=$(field downtime_us < "$1.report")
+    bytes=$(field bytes < "$1.report")
+    told="$(field fetched < "$1.report") pages fetched"
+    [ "$4" = never ] || told+=", $(sed -n 's/.*all of the guest is here: //p' "$2.errors")"
+}
+
 qemu_end() {
     qmp "$1" quit > /dev/null
     wait "${pids[$1]}"
@@ -145,6 +191,35 @@ pre_copy() {
     goal 'downtime' "$(ratio "${medians[tagvisor-blackout]}" "${medians[qemu-blackout]}")" 0.800
 }
 
+# share TITLE WORK BYTES: what tags add to the moves of a guest, in bytes and in time. Where it can have tags, --tags is put in for TAGS.
+share() {
+    local vmm tags
+    echo "$1, Tagvisor with MTE over without, unix ($rounds moves each)"
+    for vmm in tagvisor plain; do
+        tags=
+        [ $vmm = plain ] || tags=--tags
+        travel $vmm "${2/TAGS/$tags}" unix "$rounds" never
+        ${vmm}_end "$here"
+        printf '  %-22s total %8s ms   %s   (total: %s)\n' "${titles[$vmm]}" "$(ms "$(median "${totals[@]}")")" \
+            "$(mib "$(median "${sizes[@]}")")" "$(ms "${totals[@]}")"
+        medians[$vmm-total]=$(median "${totals[@]}")
+        medians[$vmm-bytes]=$(median "${sizes[@]}")
+    done
+    goal 'bytes' "$(ratio "${medians[tagvisor-bytes]}" "${medians[plain-bytes]}")" "$3"
+    goal 'total time' "$(ratio "${medians[tagvisor-total]}" "${medians[plain-total]}")" 1.050
+}
+
+# several: two connections against one.
+several() {
+    local connections
+    echo "An idle guest, Tagvisor, tcp ($rounds moves each)"
+    for connections in 1 2; do
+        travel tagvisor "$idle" tcp "$rounds" never
+        tagvisor_end "$here"
+        printf '  %s connections: total %8s ms   (%s)\n' $connections "$(ms "$(median "${totals[@]}")")" "$(ms "${totals[@]}")"
+    done
+}
+
 # post_copy: a guest that rewrites memory moves at once, and its pages follow.
 post_copy() {
     local vmm round waits all words
@@ -177,8 +252,8 @@ with_mte() {
     qemu_end tagged
 }
 
-declare -A titles=([qemu]='QEMU, without MTE' [tagvisor]='Tagvisor, MTE') medians
-vmms=(qemu)
+declare -A titles=([qemu]='QEMU, without MTE' [tagvisor]='Tagvisor, MTE' [plain]='Tagvisor, without MTE') medians
+vmms=(qemu tagvisor)
 
 cd "$(mktemp -d)"
 qemu-system-aarch64 --version | head -n 1
@@ -187,5 +262,8 @@ for transport in unix tcp; do
     pre_copy 'An idle guest' "$idle" $transport
     pre_copy 'A guest that rewrites 64 MiB, 16 a second' "$steady" $transport
 done
+share 'An idle guest' "$idle" 1.010
+share 'A guest whose 128 MiB of heap have random data and tags' 'rewrite --memory 128 --rate 1 TAGS > /tmp/log & until grep -q filled /tmp/log; do sleep 1; done; echo at work; sleep 100000' 1.035
+several
 post_copy
 exit $missed

@@ -533,7 +533,11 @@ fn attend_to(held: Held, fill: Option<&LazyFill>, life: &Life) {
         |happening| match happening {
             Happening::Separated(reason) => life.attended(Attended::Separated(reason)),
             Happening::Found => life.attended(Attended::Found),
-            Happening::Complete => {}
+            Happening::Complete => {
+                if let Some(fill) = fill {
+                    tracing::info!("all of the guest is here: {}", fill.progress().faults);
+                }
+            }
         },
     );
 }

@@ -1,6 +1,7 @@
 //! How long faults took: counts in classes whose bounds are a quarter of an octave apart, so that a quantile is
 //! known to 25 %, in a fixed room and without a lock.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -44,6 +45,19 @@ impl FaultTimes {
             seen >= needed
         })?;
         Some(Duration::from_micros(end(class)))
+    }
+}
+
+impl fmt::Display for FaultTimes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let us = |part| self.quantile(part).unwrap_or_default().as_micros();
+        write!(
+            f,
+            "{} faults waited, median {} us, 99 % at most {} us",
+            self.count(),
+            us(0.5),
+            us(0.99)
+        )
     }
 }
 
