@@ -491,7 +491,7 @@ impl<G: Departing> Leaving<'_, G> {
     /// Hears where the destination is.
     fn hear_of_it(&mut self, control: &mut Link) -> Result<()> {
         let state = hear_state(control)?;
-        if self.downtime.is_zero() {
+        if state.may_run() && self.downtime.is_zero() {
             self.downtime = self
                 .stopped
                 .map_or(Duration::ZERO, |stopped| stopped.elapsed());
@@ -685,9 +685,7 @@ impl<G: Departing> Leaving<'_, G> {
             true => Vec::new(),
             false => self.open_all(Purpose::Requests, requests)?,
         };
-        let state = hear_state(&mut control)?;
-        self.believe(control.peer(), state)?;
-        self.step(SourceEvent::Found(state))?;
+        self.hear_of_it(&mut control)?;
         if matches!(self.state, Source::Committed { .. }) {
             control.say(&Word::Run)?;
             self.hear_of_it(&mut control)?;
