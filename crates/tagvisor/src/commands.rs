@@ -8,6 +8,7 @@ pub mod inspect;
 pub mod kill;
 pub mod ls;
 mod machine;
+pub mod migrate;
 mod progress;
 pub mod snapshot;
 pub mod stop;
@@ -16,6 +17,7 @@ mod target;
 mod text;
 
 use std::error::Error;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args as ClapArgs;
@@ -35,6 +37,20 @@ pub struct Named {
 impl Named {
     fn machine(&self) -> std::result::Result<Machine, machine::Error> {
         Machine::find(&self.name)
+    }
+}
+
+/// A path that cannot be told to the VMM.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: a path that is not UTF-8 cannot be sent to the VMM", .0.display())]
+struct NotText(PathBuf);
+
+/// A path as the VMM can be told it, which may stand elsewhere.
+fn absolute(path: &Path) -> std::result::Result<String, Box<dyn Error>> {
+    let path = std::path::absolute(path)?;
+    match path.to_str() {
+        Some(text) => Ok(text.into()),
+        None => Err(NotText(path).into()),
     }
 }
 

@@ -68,6 +68,25 @@ impl EndingSignals {
         Ok(())
     }
 
+    /// Calls `farewell` on the first of them, from a thread of its own, and ends the program.
+    ///
+    /// # Errors
+    /// The host cannot start a thread.
+    pub fn end_on_first(self, farewell: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+        thread::Builder::new()
+            .name("tv-signals".into())
+            .spawn(move || {
+                let signal = self.wait();
+                farewell();
+                end_by(signal)
+            })
+            .map_err(|source| Error {
+                step: "start the thread for signals",
+                source,
+            })?;
+        Ok(())
+    }
+
     fn wait(&self) -> libc::c_int {
         let mut signal = 0;
         // SAFETY: the set is initialised, and its signals are blocked in every thread.

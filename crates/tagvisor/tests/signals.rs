@@ -81,6 +81,22 @@ fn the_second_signal_ends_the_program_at_once() {
 }
 
 #[test]
+fn a_program_that_takes_its_leave_ends_by_the_first_signal() {
+    let status = in_a_process(|| {
+        let signals = EndingSignals::block().unwrap();
+        signals
+            .end_on_first(|| eprintln!("somebody goes on without us"))
+            .unwrap();
+        send_myself(SIGINT);
+        loop {
+            thread::park();
+        }
+    });
+
+    assert_eq!(status.code(), Some(128 + SIGINT));
+}
+
+#[test]
 fn a_signal_that_nohup_has_us_ignore_stays_ignored() {
     let status = in_a_process(|| {
         // SAFETY: sets an action, in a process without other threads.

@@ -57,6 +57,22 @@ fn in_words(info: &VmInfo) -> String {
             bytes(work.bytes)
         );
         rows.push(["work".into(), so_far]);
+        if let Some(migration) = &work.migration {
+            let figures = format!(
+                "round {}, {} of tags, {} pages/s, {} changed/s, slowed down by {} %{}",
+                migration.round,
+                bytes(migration.tag_bytes),
+                count(migration.pages_per_second),
+                count(migration.changes_per_second),
+                migration.slowed,
+                if migration.post_copy {
+                    ", post-copy"
+                } else {
+                    ""
+                },
+            );
+            rows.push(["".into(), figures]);
+        }
     }
     table(&rows)
 }

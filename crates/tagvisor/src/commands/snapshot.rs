@@ -1,6 +1,6 @@
 //! `tagvisor snapshot`: writes a machine to a file while it runs, or says what is in such a file.
 
-use std::path::{Path, PathBuf, absolute};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
@@ -9,7 +9,7 @@ use clap::{Args as ClapArgs, Subcommand};
 
 use super::machine::{Error, Machine};
 use super::text::{bytes, count, microseconds};
-use super::{inspect, progress};
+use super::{absolute, inspect, progress};
 use crate::api::model::{SnapshotConfig, parse_compression};
 use crate::control::SnapshotReport;
 
@@ -51,14 +51,13 @@ struct Write {
     json: bool,
 }
 
-fn check_compression(text: &str) -> Result<String, String> {
+/// That a text names a compression.
+///
+/// # Errors
+/// It does not.
+pub fn check_compression(text: &str) -> Result<String, String> {
     parse_compression(text).map(|_| text.to_owned())
 }
-
-/// A path that a URL cannot name.
-#[derive(Debug, thiserror::Error)]
-#[error("{}: a path that is not UTF-8 cannot be sent to the VMM", .0.display())]
-struct NotText(PathBuf);
 
 /// Writes a snapshot, or looks at one.
 ///
@@ -90,11 +89,7 @@ fn take(args: &Write) -> super::Result {
 }
 
 fn url(path: &Path) -> Result<String, Box<dyn std::error::Error>> {
-    let path = absolute(path)?;
-    match path.to_str() {
-        Some(text) => Ok(format!("file://{text}")),
-        None => Err(NotText(path).into()),
-    }
+    Ok(format!("file://{}", absolute(path)?))
 }
 
 fn watched(machine: &Machine, config: &SnapshotConfig) -> Result<SnapshotReport, Error> {
