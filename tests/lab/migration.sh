@@ -45,7 +45,7 @@ here=at-$moves
 
 # Nobody there; a name that is taken there; a peer that is none: it stays, and goes on.
 refused 1 'cannot reach' tagvisor migrate "$here" "unix:$PWD/nobody.socket"
-refused 1 'already' tagvisor receive "$here" --listen "unix:$PWD/taken.socket"
+refused 1 'is in use' tagvisor receive "$here" --listen "unix:$PWD/taken.socket"
 python3 -c 'import socket, sys
 door = socket.socket(socket.AF_UNIX); door.bind(sys.argv[1]); door.listen()
 while True: door.accept()[0].sendall(b"HTTP/1.1 200 OK\r\n\r\n" * 10)' "$PWD/http.socket" &

@@ -562,11 +562,16 @@ impl<G: Departing> Leaving<'_, G> {
             Ok(()) => return Departure::Gone(self.report()),
             Err(error) => error,
         };
+        let may_be_ready = self.state == Source::Stopped;
         if self.step(SourceEvent::Failed).is_err() {
             tracing::debug!("migration: it failed while it was {:?}", self.state);
         }
         if self.state == Source::Kept {
-            return Departure::Kept(match self.guest.go_on() {
+            let went_on = self.guest.go_on();
+            if may_be_ready {
+                self.tell_that_it_was_kept();
+            }
+            return Departure::Kept(match went_on {
                 Ok(()) => error,
                 Err(worse) => Error::Machine(
                     format!("{error}; and the guest cannot go on here: {worse}").into(),
@@ -589,6 +594,16 @@ impl<G: Departing> Leaving<'_, G> {
             }),
             error,
         )
+    }
+
+    /// A destination that was ready when its link broke waits to hear this. If it cannot be told, its operator is.
+    fn tell_that_it_was_kept(&self) {
+        let told = self
+            .open(Purpose::Back { kept: true })
+            .and_then(|mut control| control.say(&Word::Abort));
+        if let Err(error) = told {
+            tracing::debug!("the destination is not told that the guest stays: {error}");
+        }
     }
 
     fn report(&self) -> Report {
@@ -695,23 +710,6 @@ impl<G: Departing> Leaving<'_, G> {
         self.sent.add((control.bytes(), control.tag_bytes()));
         Ok(())
     }
-}
-
-/// Tells a destination that waits, after a link broke, that the guest was kept. Best effort: what it is not told, its
-/// operator is.
-pub fn tell_that_it_was_kept(
-    session: Session,
-    dial: &dyn Dial,
-    metadata: stream::Metadata,
-    patience: Duration,
-) -> Result<()> {
-    let hello = Hello {
-        protocol: PROTOCOL,
-        tagvisor: env!("CARGO_PKG_VERSION").into(),
-        session,
-        purpose: Purpose::Back { kept: true },
-    };
-    Link::open(dial, &hello, metadata, Compression::None, patience)?.say(&Word::Abort)
 }
 
 fn hear_state(control: &mut Link) -> Result<Destination> {

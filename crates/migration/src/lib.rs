@@ -13,9 +13,7 @@ mod progress;
 
 pub use arrival::{Arriving, Decider, Fill, Happening, Held, Receiver, Verdict};
 pub use convergence::{Convergence, Next, Otherwise, Round};
-pub use departure::{
-    Away, Departing, Departure, Options, PostCopy, Report, depart, tell_that_it_was_kept,
-};
+pub use departure::{Away, Departing, Departure, Options, PostCopy, Report, depart};
 pub use error::{Error, MachineError, Result};
 pub use link::{Closer, Dial, Listen, Pending, SavedState, Wire};
 pub use message::{MAX_LINKS, PROTOCOL, Session};

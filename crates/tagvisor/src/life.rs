@@ -360,6 +360,8 @@ struct Landlord<'h, H: Hypervisor> {
     paused_at_source: bool,
     /// The guest is at another host.
     moved: bool,
+    /// The guest is held because a page of it cannot be had.
+    waits_for_memory: bool,
 }
 
 impl Orders {
@@ -385,6 +387,7 @@ impl Orders {
             between: Between::default(),
             paused_at_source: false,
             moved: false,
+            waits_for_memory: false,
         };
         const ASKED: End = End::Machine(Ending::Asked);
         if vmm.shared.has_ended() {
@@ -494,6 +497,7 @@ where
             machine.hold();
         }
         tracing::error!("the guest is paused, and `tagvisor resume` tries again: {reason}");
+        self.waits_for_memory |= self.state() == Some(VmState::Running);
         if let Some(info) = &mut self.shared.known().info {
             info.state = VmState::Paused;
             info.reason = Some(reason);

@@ -76,8 +76,6 @@ pub fn receive(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
             ports: args.ports,
         },
     })?;
-    // Whoever starts the source waits for this line.
-    eprintln!("tagvisor: waiting for a guest at {}", reception.address());
     until_its_end(
         &args.kvm,
         name.as_deref(),

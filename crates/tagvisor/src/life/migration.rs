@@ -61,11 +61,6 @@ impl Reception {
             changes: request.changes,
         })
     }
-
-    /// Where.
-    pub fn address(&self) -> &transport::Address {
-        self.door.address()
-    }
 }
 
 /// Why a guest did not come.
@@ -292,10 +287,14 @@ where
             .as_ref()
             .ok_or_else(|| Refusal::Failed("there is nothing to decide".into()))?;
         // The thread that waits for the source sees it, and has the guest run or discarded.
-        failed(match decision {
-            Decision::Here => decider.take_over(),
-            Decision::Elsewhere => decider.forget(),
-        })
+        match decision {
+            Decision::Here => decider.take_over().map_err(|_| {
+                Refusal::Failed(
+                    "pages of the guest are still at the source: it cannot run without that one, `--decide elsewhere` gives it up".into(),
+                )
+            }),
+            Decision::Elsewhere => failed(decider.forget()),
+        }
     }
 
     fn decide_here(&mut self, mut away: Box<Away>, decision: Decision) -> Result<(), Refusal> {
@@ -335,6 +334,11 @@ where
         if self.shared.has_ended() {
             progress.cancel();
         }
+        // Whoever starts the source waits for this line.
+        eprintln!(
+            "tagvisor: waiting for a guest at {}",
+            reception.door.address()
+        );
         let received = self.receive_guest(reception, &progress);
         let mut known = self.shared.known();
         known.migration = None;
@@ -504,7 +508,7 @@ where
             }
             Attended::Found => {
                 let fill = self.fill();
-                if self.state() == Some(VmState::Paused) {
+                if std::mem::take(&mut self.waits_for_memory) {
                     if let Err(refusal) = self.resume() {
                         tracing::error!("the guest cannot go on: {refusal}");
                     }
