@@ -697,6 +697,7 @@ where
             fill.retry();
             machine.release();
         }
+        self.waits_for_memory = false;
         if let Some(info) = &mut self.shared.known().info {
             info.state = VmState::Running;
             info.reason = None;
