@@ -1,8 +1,8 @@
 #!/bin/bash
-# lab: cpus=2 memory=4G timeout=300
+# lab: hosts=2 cpus=2 memory=4G peer-memory=2G timeout=900
 # The demo: a Linux guest with MTE under Tagvisor colours its memory with tags, rewrites and checks them, and its accesses
-# with a wrong tag are caught. At work, it is saved, killed, restored page by page, and cloned. What the guests say is checked;
-# the first thing that does not hold ends the demo with status 1.
+# with a wrong tag are caught. At work, it moves to another host while it runs, and back by post-copy; it is saved, killed, restored page by
+# page, and cloned. What the guests say is checked; the first thing that does not hold ends the demo with status 1.
 set -euo pipefail
 
 LAB=${LAB:-/lab}
@@ -51,8 +51,10 @@ lines() {
 # The workload ends at the first difference, and says it.
 goes_on() {
     local console=$work/$1.console seen deadline=$((SECONDS + 120))
+    [ -z "${follow:-}" ] || there "$follow"
     seen=$(lines "$console")
     until [ "$(lines "$console")" -ge $((seen + 2)) ]; do
+        [ -z "${follow:-}" ] || there "$follow"
         if [ $SECONDS -ge $deadline ] || grep -q 'guest: exit' "$console" 2> /dev/null; then
             printf 'the demo fails: guest %s does not go on. Its console:\n' "$1"
             cat "$console"
@@ -62,6 +64,38 @@ goes_on() {
     done
     printf '    %s: %s\n' "$1" "$(grep ' 0 differences' "$console" | tail -n 1 | tr -d '\r')"
 }
+
+# there CONSOLE: brings what the second host's guest has said.
+there() {
+    peer cat "/tmp/$1.console" > "$work/$1.console" 2> /dev/null || true
+}
+
+# waits_at HOST PORT COMMAND…: until somebody waits for a guest there.
+waits_at() {
+    local port=$1
+    shift
+    until "$@" ss -ltn | grep -q ":$port "; do sleep 0.2; done
+}
+
+say 'A guest at work moves to another host while it runs'
+tagvisor run --name home --kernel "$kernel/Image" --initrd "$kernel/initrd.cpio" --cpus 2 --memory 256M \
+    --console "file=$work/home.console" --cmdline 'console=ttyS0 quiet -- tag-workload --pause 100' < /dev/null &
+disown
+goes_on home
+peer tagvisor receive away --listen "tcp://$PEER:7000" --unprotected --console file=/tmp/away.console < /dev/null 2> /dev/null &
+disown
+waits_at 7000 peer
+tagvisor migrate home "tcp://$PEER:7000" 2> /dev/null | sed 's/^/    /'
+peer tagvisor ls | sed 's/^/    host 2: /'
+follow=away goes_on away
+
+say 'It comes back by post-copy: it runs here at once, and fetches its pages, with their tags, as it touches them'
+tagvisor receive back --listen tcp://10.0.7.1:7001 --unprotected --console "file=$work/back.console" < /dev/null 2> /dev/null &
+disown
+waits_at 7001 env
+peer tagvisor migrate away tcp://10.0.7.1:7001 --postcopy now 2> /dev/null | sed 's/^/    /'
+goes_on back
+tagvisor stop back
 
 say 'A guest at work is saved while it runs'
 tagvisor run --name first --kernel "$kernel/Image" --initrd "$kernel/initrd.cpio" --cpus 2 --memory 256M \
