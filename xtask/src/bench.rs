@@ -49,6 +49,10 @@ const NATIVE: &[Native] = &[
             "bench-inspect",
         ],
     },
+    Native {
+        name: "migration-native",
+        cargo: &["bench", "-p", "migration", "--bench", "throughput"],
+    },
 ];
 
 struct Native {

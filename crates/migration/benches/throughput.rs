@@ -1,0 +1,408 @@
+//! How fast a guest that stands still goes from one memory to another over loopback: `cargo xtask bench migration-native`.
+//!
+//! All of it is as in a migration: [`migration::depart`] on one side, [`migration::Receiver`] on the other, TCP of `transport`
+//! between them, nothing compressed. Beside it stands a plain copy, in the same run and by turns: the same bytes from the same
+//! memory written to as many sockets and read into the same memory, with no record, no check and no tags. The tags are those of a
+//! Python interpreter with a tagged heap.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::num::NonZeroU8;
+use std::ops::Range;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use migration::{
+    Arriving, Closer, Departing, Departure, Dial, Listen, MachineError, Options, Peer, Pending,
+    Progress, Receiver, SavedState, Wire, depart,
+};
+use mte::TagPage;
+use stream::{Batch, Compression, Metadata, PAGE_SIZE, Page, PageSet, PageSink, PageSource};
+use transport::{Address, Connection, Listener, Unprotected, connect};
+
+/// Pages that are sent: 1 GiB.
+const PAGES: u64 = 1 << 18;
+/// Pages of a chunk, and of what a plain copy writes and reads at once.
+const AT_ONCE: usize = 64;
+const ROUNDS: usize = 9;
+const GOAL: f64 = 0.7;
+const SOON: Duration = Duration::from_secs(10);
+
+fn main() -> ExitCode {
+    // Cargo runs it as a test too, where it has nothing to say.
+    if !std::env::args().any(|arg| arg == "--bench") {
+        return ExitCode::SUCCESS;
+    }
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    println!(
+        "{} MiB over loopback TCP, medians of {ROUNDS} rounds by turns, load at first {}",
+        PAGES as usize * PAGE_SIZE >> 20,
+        load.trim()
+    );
+    println!("                       plain copy   migration   migration/plain copy");
+    let mut met = true;
+    for (what, metadata) in [
+        ("data", Metadata::None),
+        ("data and tags", Metadata::ArmMte),
+    ] {
+        let source = Arc::new(Source::new(metadata));
+        let sink = Arc::new(Sink::new(metadata));
+        for connections in [1, 2] {
+            met &= measure(what, &source, &sink, connections);
+        }
+    }
+    match met {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    }
+}
+
+fn measure(what: &str, source: &Arc<Source>, sink: &Arc<Sink>, connections: u8) -> bool {
+    // Both have touched all memory before time is taken.
+    plain_copy(source, sink, connections);
+    migrate(source, sink, connections);
+    let rounds: Vec<[f64; 2]> = (0..ROUNDS)
+        .map(|_| {
+            [
+                plain_copy(source, sink, connections),
+                migrate(source, sink, connections),
+            ]
+            .map(|time| (PAGES as usize * PAGE_SIZE) as f64 / 1e9 / time.as_secs_f64())
+        })
+        .collect();
+    let [plain, migration] =
+        [0, 1].map(|which| median(rounds.iter().map(|round| round[which]).collect()));
+    let ratio = median(rounds.iter().map(|[plain, ours]| ours / plain).collect());
+    let verdict = if ratio >= GOAL { "reached" } else { "MISSED" };
+    let links = if connections == 1 { "link " } else { "links" };
+    println!(
+        "  {what:13} {connections} {links} {plain:6.2} GB/s {migration:6.2} GB/s {ratio:12.2}   goal: at least {GOAL:.2}   {verdict}"
+    );
+    ratio >= GOAL
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Sends all data, each connection its share, and nothing else.
+fn plain_copy(source: &Source, sink: &Sink, connections: u8) -> Duration {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has ports");
+    let address = listener.local_addr().expect("it is bound");
+    let share = source.data.len() / usize::from(connections);
+    let begun = Instant::now();
+    thread::scope(|scope| {
+        for part in source.data.chunks(share) {
+            scope.spawn(move || {
+                let mut to = TcpStream::connect(address).expect("somebody listens");
+                to.set_nodelay(true).expect("it is TCP");
+                for pages in part.chunks(AT_ONCE) {
+                    to.write_all(pages.as_flattened()).expect("it is read");
+                }
+            });
+        }
+        for part in sink.blocks.chunks(share / AT_ONCE) {
+            let (mut from, _) = listener.accept().expect("somebody connects");
+            scope.spawn(move || {
+                for block in part {
+                    let mut block = block.lock().expect("nothing panics with it");
+                    from.read_exact(block.data.as_flattened_mut())
+                        .expect("it is written");
+                }
+            });
+        }
+    });
+    begun.elapsed()
+}
+
+/// Moves a guest that has nothing but this memory.
+fn migrate(source: &Arc<Source>, sink: &Arc<Sink>, connections: u8) -> Duration {
+    let any: Address = "tcp://127.0.0.1:0".parse().expect("it is an address");
+    let listener = Listener::bind(&any, None, Unprotected::Refused).expect("loopback has ports");
+    let line = Line(listener.local_address().clone());
+    let receiver = Receiver::new(Door(listener), SOON).expect("there are threads");
+    let options = Options {
+        connections: NonZeroU8::new(connections).expect("one or two"),
+        compression: Compression::None,
+        ..Options::default()
+    };
+    let begun = Instant::now();
+    let time = thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut guest = Comer(sink.clone());
+            let mut held = receiver
+                .receive(&mut guest, &Progress::default())
+                .expect("nothing breaks");
+            held.wait();
+            held.attend(|| migration::Fill::Complete, |_| {});
+        });
+        let departure = depart(
+            &mut Leaver(source.clone()),
+            &line,
+            &options,
+            &Progress::default(),
+        );
+        let Departure::Gone(report) = departure else {
+            panic!("it did not arrive: {departure:?}");
+        };
+        assert_eq!(report.pages, PAGES);
+        begun.elapsed()
+    });
+    sink.is_like(source);
+    time
+}
+
+/// What a guest's memory is.
+struct Source {
+    metadata: Metadata,
+    data: Vec<Page>,
+    tags: Vec<TagPage>,
+}
+
+impl Source {
+    fn new(metadata: Metadata) -> Self {
+        let corpus = corpus();
+        let mut state = 1u64;
+        let data = (0..PAGES).map(|_| {
+            let mut page = [0; PAGE_SIZE];
+            for word in page.as_chunks_mut().0 {
+                state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+                *word = state.to_le_bytes();
+            }
+            page
+        });
+        Self {
+            metadata,
+            data: data.collect(),
+            tags: corpus.into_iter().cycle().take(PAGES as usize).collect(),
+        }
+    }
+}
+
+/// The pages of tagcodec's corpus of Python.
+fn corpus() -> Vec<TagPage> {
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../tagcodec/corpora/python3.tags.xz"
+    );
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| lzma_rust2::XzReader::new(file, false).read_to_end(&mut bytes))
+        .unwrap_or_else(|error| panic!("{path}: {error}"));
+    let (mut rest, mut pages) = (bytes.as_slice(), Vec::new());
+    // Each mapping: its address and its length.
+    while let Some((header, behind)) = rest.split_first_chunk::<16>() {
+        let length = u64::from_le_bytes(*header.last_chunk().expect("8 of 16 bytes"));
+        let (tags, behind) = behind.split_at(length as usize / 32);
+        pages.extend(
+            tags.as_chunks()
+                .0
+                .iter()
+                .map(|tags| TagPage::from_packed(*tags)),
+        );
+        rest = behind;
+    }
+    pages
+}
+
+impl PageSource for Source {
+    fn metadata(&self) -> Metadata {
+        self.metadata
+    }
+
+    fn next_run(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        Ok((from < PAGES).then_some(from..PAGES))
+    }
+
+    fn read(&self, first: u64, data: &mut [Page], tags: &mut [TagPage]) -> io::Result<()> {
+        let first = first as usize;
+        data.copy_from_slice(&self.data[first..first + data.len()]);
+        tags.clone_from_slice(&self.tags[first..first + tags.len()]);
+        Ok(())
+    }
+}
+
+/// Memory that pages are placed in: in blocks, so that several threads can.
+struct Sink {
+    metadata: Metadata,
+    blocks: Vec<Mutex<Block>>,
+}
+
+struct Block {
+    data: Box<[Page; AT_ONCE]>,
+    tags: Vec<TagPage>,
+}
+
+impl Sink {
+    fn new(metadata: Metadata) -> Self {
+        let block = || {
+            let data = vec![[0; PAGE_SIZE]; AT_ONCE].into_boxed_slice();
+            Mutex::new(Block {
+                data: data.try_into().expect("it has as many"),
+                tags: vec![TagPage::ZERO; AT_ONCE],
+            })
+        };
+        Self {
+            metadata,
+            blocks: (0..PAGES as usize / AT_ONCE).map(|_| block()).collect(),
+        }
+    }
+
+    fn is_like(&self, source: &Source) {
+        for (i, block) in self.blocks.iter().enumerate() {
+            let block = block.lock().expect("nothing panics with it");
+            let pages = i * AT_ONCE..(i + 1) * AT_ONCE;
+            assert!(*block.data == source.data[pages.clone()]);
+            assert!(!self.metadata.has_tags() || block.tags == source.tags[pages]);
+        }
+    }
+}
+
+impl PageSink for Sink {
+    fn metadata(&self) -> Metadata {
+        self.metadata
+    }
+
+    fn place(&self, pages: &Batch) -> io::Result<()> {
+        for run in pages.runs() {
+            let (block, first) = (run.first as usize / AT_ONCE, run.first as usize % AT_ONCE);
+            let mut block = self.blocks[block].lock().expect("nothing panics with it");
+            let placed = first..first + run.data.len();
+            block.data[placed.clone()].copy_from_slice(run.data);
+            if self.metadata.has_tags() {
+                block.tags[placed].clone_from_slice(run.tags);
+            }
+        }
+        Ok(())
+    }
+
+    fn discard(&self, _: Range<u64>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+struct Leaver(Arc<Source>);
+
+impl Departing for Leaver {
+    type Pages = Source;
+
+    fn pages(&self) -> Arc<Source> {
+        self.0.clone()
+    }
+
+    fn offer(&mut self) -> Result<Vec<SavedState>, MachineError> {
+        Ok(Vec::new())
+    }
+
+    fn watch(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn changes(&mut self) -> Result<PageSet, MachineError> {
+        Ok(PageSet::none(0..PAGES))
+    }
+
+    fn slow(&mut self, _: u8) {}
+
+    fn stop(&mut self) -> Result<Vec<SavedState>, MachineError> {
+        Ok(Vec::new())
+    }
+
+    fn go_on(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+}
+
+struct Comer(Arc<Sink>);
+
+impl Arriving for Comer {
+    type Sink = Sink;
+
+    fn accept(&mut self, _: &[SavedState], _: Metadata) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn sink(&self) -> Arc<Sink> {
+        self.0.clone()
+    }
+
+    fn pages(&self) -> Range<u64> {
+        0..PAGES
+    }
+
+    fn fetches(&self) -> Result<u8, MachineError> {
+        Ok(1)
+    }
+
+    fn load(&mut self, _: &[SavedState], _: Option<Arc<Peer>>) -> Result<(), MachineError> {
+        Ok(())
+    }
+}
+
+struct Carried(Connection);
+
+impl Read for Carried {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.0.read(bytes)
+    }
+}
+
+impl Write for Carried {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl Wire for Carried {
+    fn set_patience(&mut self, patience: Duration) -> io::Result<()> {
+        self.0.set_patience(Some(patience));
+        Ok(())
+    }
+
+    fn closer(&self) -> Closer {
+        let closer = self.0.closer();
+        Arc::new(move || closer.close())
+    }
+
+    fn peer(&self) -> String {
+        self.0.peer().to_owned()
+    }
+}
+
+struct Line(Address);
+
+impl Dial for Line {
+    fn dial(&self) -> io::Result<Box<dyn Wire>> {
+        let connection = connect(&self.0, None, Instant::now() + SOON)?;
+        Ok(Box::new(Carried(connection)))
+    }
+
+    fn peer(&self) -> String {
+        self.0.to_string()
+    }
+}
+
+struct Door(Listener);
+
+impl Listen for Door {
+    fn accept(&self) -> io::Result<Pending> {
+        let pending = self.0.accept(None)?;
+        Ok(Box::new(move || {
+            let connection = pending.establish(Instant::now() + SOON)?;
+            Ok(Box::new(Carried(connection)) as Box<dyn Wire>)
+        }))
+    }
+
+    fn closer(&self) -> Closer {
+        let closer = self.0.closer();
+        Arc::new(move || closer.close())
+    }
+}
