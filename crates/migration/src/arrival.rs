@@ -257,12 +257,8 @@ impl Receiver {
             .enumerate()
         {
             closers.push(link.closer());
-            threads.push(place_on_a_thread(
-                link,
-                number,
-                sink.clone(),
-                tally.clone(),
-            )?);
+            let (sink, tally) = (sink.clone(), tally.clone());
+            threads.extend(place_on_a_thread(link, number, sink, tally)?);
         }
         let received = self
             .rounds(control, &tally, guest.pages(), progress)
@@ -338,7 +334,7 @@ impl Receiver {
                 }
                 Incoming::Word(Word::HandOver) => return Ok((states.list, missing)),
                 Incoming::Word(Word::Abort) => return Err(given_up(control)),
-                other => return Err(control.unexpected(&format!("{other:?}"), "a round")),
+                other => return Err(control.unexpected(other.name(), "a round")),
             }
         }
     }
@@ -387,7 +383,7 @@ fn read_offer(control: &mut Link) -> Result<Vec<SavedState>> {
         match control.next(&mut none)? {
             Incoming::State(state) => states.add(state, control)?,
             Incoming::Word(Word::Offer) => return Ok(states.list),
-            other => return Err(control.unexpected(&format!("{other:?}"), "an offer")),
+            other => return Err(control.unexpected(other.name(), "an offer")),
         }
     }
 }
@@ -447,29 +443,36 @@ impl Tally {
     }
 }
 
-/// Places the pages that come over a link, until its end.
+/// Places the pages that come over a link, until its end. A fuzzer knows all that comes, and needs no thread.
 fn place_on_a_thread<S: PageSink + Send + Sync + 'static>(
     mut link: Link,
     number: usize,
     sink: Arc<S>,
     tally: Arc<Tally>,
-) -> Result<JoinHandle<()>> {
+) -> Result<Option<JoinHandle<()>>> {
+    if cfg!(fuzzing) {
+        place_until_its_end(&mut link, number, &*sink, &tally);
+        return Ok(None);
+    }
     thread::Builder::new()
         .name(format!("migration-{number}"))
-        .spawn(move || {
-            // Rounds may be far apart: the guest is being slowed down, or there is little to send. The control link is what ends it.
-            let placed = link
-                .set_patience(Duration::from_secs(24 * 3600))
-                .and_then(|()| place(&mut link, number, &*sink, &tally));
-            if let Err(error) = placed {
-                tally.change(|counts| {
-                    counts.failed.get_or_insert(error.to_string());
-                });
-                // The source notices, and asks why.
-                link.closer()();
-            }
-        })
+        .spawn(move || place_until_its_end(&mut link, number, &*sink, &tally))
+        .map(Some)
         .map_err(Error::Thread)
+}
+
+fn place_until_its_end(link: &mut Link, number: usize, sink: &impl PageSink, tally: &Tally) {
+    // Rounds may be far apart: the guest is being slowed down, or there is little to send. The control link is what ends it.
+    let placed = link
+        .set_patience(Duration::from_secs(24 * 3600))
+        .and_then(|()| place(link, number, sink, tally));
+    if let Err(error) = placed {
+        tally.change(|counts| {
+            counts.failed.get_or_insert(error.to_string());
+        });
+        // The source notices, and asks why.
+        link.closer()();
+    }
 }
 
 fn place(link: &mut Link, number: usize, sink: &impl PageSink, tally: &Tally) -> Result<()> {
@@ -494,7 +497,7 @@ fn place(link: &mut Link, number: usize, sink: &impl PageSink, tally: &Tally) ->
                 tally.change(|counts| counts.rounds[number] = round);
             }
             Incoming::End => return Ok(()),
-            other => return Err(link.unexpected(&format!("{other:?}"), "pages")),
+            other => return Err(link.unexpected(other.name(), "pages")),
         }
     }
 }
@@ -742,30 +745,42 @@ impl Held {
                 Destination::Discarded => return Verdict::Discard,
                 _ => {}
             }
-            match self.come_back() {
-                Ok(true) => return self.verdict(DestinationEvent::Abort),
-                Ok(false) => match self.wait() {
-                    Verdict::Undecided(error) => {
-                        tracing::warn!("the source came back, and went: {error}")
-                    }
-                    verdict => return verdict,
-                },
-                Err(Error::Cancelled) => {}
-                Err(error) => tracing::warn!("the source tried to come back: {error}"),
+            let came = self.come_back();
+            if let Some(verdict) = self.hear_again(came) {
+                return verdict;
             }
         }
     }
 
+    /// What a source says that came back, if it did.
+    fn hear_again(&mut self, came: Result<bool>) -> Option<Verdict> {
+        match came {
+            Ok(true) => return Some(self.verdict(DestinationEvent::Abort)),
+            Ok(false) => match self.wait() {
+                Verdict::Undecided(error) => {
+                    tracing::warn!("the source came back, and went: {error}");
+                }
+                verdict => return Some(verdict),
+            },
+            Err(Error::Cancelled) => {}
+            Err(error) => tracing::warn!("the source tried to come back: {error}"),
+        }
+        None
+    }
+
     /// Takes the source back, if it has dialled; [`Error::Cancelled`] if it has not. Returns whether it keeps the guest.
     fn come_back(&mut self) -> Result<bool> {
-        let arrived = match self.receiver.arrivals.recv_timeout(LOOK_EVERY) {
-            Ok(arrived) => arrived,
-            Err(RecvTimeoutError::Timeout) => return Err(Error::Cancelled),
+        match self.receiver.arrivals.recv_timeout(LOOK_EVERY) {
+            Ok(arrived) => self.take_back(arrived),
+            Err(RecvTimeoutError::Timeout) => Err(Error::Cancelled),
             Err(RecvTimeoutError::Disconnected) => {
                 thread::sleep(REPORT_EVERY);
-                return Err(Error::Cancelled);
+                Err(Error::Cancelled)
             }
-        };
+        }
+    }
+
+    fn take_back(&mut self, arrived: Arrived) -> Result<bool> {
         let Purpose::Back { kept } = arrived.hello.purpose else {
             arrived
                 .greeted
@@ -821,14 +836,7 @@ impl Held {
                 Ok(()) => return,
                 Err(error) => error,
             };
-            self.control = None;
-            self.reported = None;
-            if let Some(peer) = &self.peer {
-                peer.close();
-            }
-            if self.state.step(DestinationEvent::Failed).is_ok() {
-                happens(Happening::Separated(error.to_string()));
-            }
+            self.separate(&error, &happens);
             while self.control.is_none() {
                 if self.state() == Destination::Separated && fill() == Fill::Complete {
                     let _ = self.state.step(DestinationEvent::AllThere);
@@ -840,6 +848,17 @@ impl Held {
                     Err(error) => tracing::warn!("the source tried to come back: {error}"),
                 }
             }
+        }
+    }
+
+    fn separate(&mut self, error: &Error, happens: &impl Fn(Happening)) {
+        self.control = None;
+        self.reported = None;
+        if let Some(peer) = &self.peer {
+            peer.close();
+        }
+        if self.state.step(DestinationEvent::Failed).is_ok() {
+            happens(Happening::Separated(error.to_string()));
         }
     }
 
@@ -872,10 +891,62 @@ impl Held {
                 let mut none = Batch::new(control.metadata());
                 return match control.next(&mut none)? {
                     Incoming::End => Ok(()),
-                    other => Err(control.unexpected(&format!("{other:?}"), "an end")),
+                    other => Err(control.unexpected(other.name(), "an end")),
                 };
             }
             thread::sleep(LOOK_EVERY / 5);
+        }
+    }
+}
+
+/// What a fuzzer calls instead of what waits: everybody who will dial has, and has said all that they will.
+#[cfg(fuzzing)]
+impl Receiver {
+    /// Greets who dialled, in order: the first for a migration of any number, the others for `session`.
+    pub fn of(wires: Vec<Box<dyn crate::link::Wire>>, session: Session) -> Self {
+        let (arrived, arrivals) = mpsc::sync_channel(2 * MAX_LINKS as usize);
+        let desk = Arc::new(Desk::default());
+        let close: Closer = Arc::new(|| {});
+        for wire in wires {
+            let _ = greet(Box::new(|| Ok(wire)), &desk, &arrived, Duration::ZERO);
+            *desk.session() = Some((session, close.clone()));
+        }
+        Self {
+            arrivals,
+            desk,
+            patience: Duration::ZERO,
+            close,
+        }
+    }
+}
+
+#[cfg(fuzzing)]
+impl Held {
+    /// [`Held::wait_again`], as long as there is somebody who came back.
+    pub fn hear_all_who_came_back(&mut self) -> Option<Verdict> {
+        while let Ok(arrived) = self.receiver.arrivals.try_recv() {
+            let came = self.take_back(arrived);
+            if let Some(verdict) = self.hear_again(came) {
+                return Some(verdict);
+            }
+        }
+        None
+    }
+
+    /// [`Held::attend`], as long as there is somebody who came back. `fill` must not say [`Fill::Filling`] for ever.
+    pub fn attend_all_who_came_back(&mut self, fill: impl Fn() -> Fill) {
+        loop {
+            let error = match self.watch(&fill, &|_| {}) {
+                Ok(()) => return,
+                Err(error) => error,
+            };
+            self.separate(&error, &|_| {});
+            while self.control.is_none() {
+                let Ok(arrived) = self.receiver.arrivals.try_recv() else {
+                    return;
+                };
+                let _ = self.take_back(arrived);
+            }
         }
     }
 }

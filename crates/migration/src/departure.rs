@@ -13,7 +13,7 @@ use crate::convergence::{Convergence, Next, Otherwise, Round};
 use crate::error::{Error, MachineError, Result};
 use crate::handover::{Destination, Source, SourceEvent};
 use crate::link::{Closer, Dial, Incoming, Link, SavedState};
-use crate::message::{Hello, PROTOCOL, Purpose, Session, Word};
+use crate::message::{Hello, MAX_LINKS, PROTOCOL, Purpose, Session, Word};
 use crate::progress::Progress;
 
 /// The machine that a guest leaves.
@@ -235,10 +235,7 @@ impl<G: Departing> Leaving<'_, G> {
             control.state(state)?;
         }
         control.say(&Word::Offer)?;
-        let requests = match control.hear()? {
-            Word::Accept { requests } => requests,
-            other => return Err(control.unexpected(other.name(), "an acceptance")),
-        };
+        let requests = hear_acceptance(&mut control)?;
         let mut links = self.open_all(Purpose::Pages, self.options.connections.get())?;
         self.guest.watch().map_err(Error::Machine)?;
         let stays = self.converge(&mut control, &mut links)?;
@@ -533,13 +530,19 @@ impl<G: Departing> Leaving<'_, G> {
         thread::scope(|scope| {
             for mut link in asked {
                 let (pages, fetched, sent) = (&*pages, &fetched, &sent);
-                scope.spawn(move || {
+                let mut work = move || {
                     if let Err(error) = answer(&mut link, pages, missing, fetched, progress) {
                         tracing::debug!("a link for requests ended: {error}");
                     }
                     let mut sent = sent.lock().unwrap_or_else(PoisonError::into_inner);
                     sent.add((link.bytes(), link.tag_bytes()));
-                });
+                };
+                // A fuzzer knows all that comes, and needs no thread.
+                if cfg!(fuzzing) {
+                    work();
+                } else {
+                    scope.spawn(work);
+                }
             }
             while let Ok(Destination::Running | Destination::Separated) = state {
                 state = hear_state(control);
@@ -692,10 +695,7 @@ impl Away {
 impl<G: Departing> Leaving<'_, G> {
     fn come_back(&mut self) -> Result<()> {
         let mut control = self.open(Purpose::Back { kept: false })?;
-        let requests = match control.hear()? {
-            Word::Accept { requests } => requests,
-            other => return Err(control.unexpected(other.name(), "an acceptance")),
-        };
+        let requests = hear_acceptance(&mut control)?;
         let asked = match self.missing.is_empty() {
             true => Vec::new(),
             false => self.open_all(Purpose::Requests, requests)?,
@@ -709,6 +709,15 @@ impl<G: Departing> Leaving<'_, G> {
         let _ = control.finish();
         self.sent.add((control.bytes(), control.tag_bytes()));
         Ok(())
+    }
+}
+
+/// Hears how many links for requests the destination wants.
+fn hear_acceptance(control: &mut Link) -> Result<u8> {
+    match control.hear()? {
+        Word::Accept { requests } if requests <= MAX_LINKS => Ok(requests),
+        Word::Accept { .. } => Err(control.unexpected("too many links for requests", "fewer")),
+        other => Err(control.unexpected(other.name(), "an acceptance")),
     }
 }
 
@@ -763,31 +772,33 @@ fn spread<S: PageSource + Sync>(
     progress: &Progress,
 ) -> Result<u64> {
     let cursor = Mutex::new(Cursor::new(CHUNK).map_err(Error::Pages)?);
-    let results: Vec<Result<u64>> = thread::scope(|scope| {
-        let cursor = &cursor;
-        let threads: Vec<_> = links
+    let work = |link: &mut Link| {
+        let sent = feed(link, source, &cursor, failed, progress)
+            .and_then(|sent| link.say(&Word::RoundEnd { round }).map(|()| sent));
+        if sent.is_err() {
+            failed.store(true, Relaxed);
+        }
+        sent
+    };
+    let Some((own, others)) = links.split_first_mut() else {
+        return Ok(0);
+    };
+    thread::scope(|scope| {
+        let work = &work;
+        let threads: Vec<_> = others
             .iter_mut()
-            .map(|link| {
-                scope.spawn(move || {
-                    let sent = feed(link, source, cursor, failed, progress)
-                        .and_then(|sent| link.say(&Word::RoundEnd { round }).map(|()| sent));
-                    if sent.is_err() {
-                        failed.store(true, Relaxed);
-                    }
-                    sent
-                })
-            })
+            .map(|link| scope.spawn(move || work(link)))
             .collect();
-        threads
-            .into_iter()
-            .map(|thread| {
-                thread
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })
-            .collect()
-    });
-    results.into_iter().sum()
+        // One link needs no other thread: the last round is often short, and the guest waits for it.
+        let mut sent = work(own);
+        for thread in threads {
+            let more = thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            sent = sent.and_then(|sent| Ok(sent + more?));
+        }
+        sent
+    })
 }
 
 /// Sends chunks over a link until there are no more.
@@ -848,7 +859,7 @@ fn answer(
         let wanted = match link.next(&mut none)? {
             Incoming::Wanted(wanted) => wanted,
             Incoming::End => return Ok(()),
-            other => return Err(link.unexpected(&format!("{other:?}"), "a request for pages")),
+            other => return Err(link.unexpected(other.name(), "a request for pages")),
         };
         let runs = wanted.runs();
         if !runs

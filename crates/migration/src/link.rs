@@ -132,6 +132,20 @@ pub(crate) enum Incoming {
     End,
 }
 
+impl Incoming {
+    /// Its name, for messages about what was expected: what it holds may be long, and is not to be believed.
+    pub(crate) const fn name(&self) -> &'static str {
+        match self {
+            Self::Word(word) => word.name(),
+            Self::Pages => "pages",
+            Self::State(_) => "a saved state",
+            Self::Holes(_) => "holes",
+            Self::Wanted(_) => "a request for pages",
+            Self::End => "an end",
+        }
+    }
+}
+
 pub(crate) struct Link {
     wire: Half,
     closer: Closer,
@@ -393,7 +407,7 @@ impl Link {
             Incoming::End => Err(Error::Ended {
                 peer: self.peer.clone(),
             }),
-            other => Err(self.unexpected(&format!("{other:?}"), "a word")),
+            other => Err(self.unexpected(other.name(), "a word")),
         }
     }
 }

@@ -146,7 +146,7 @@ fn ask(link: &mut Link, wanted: Wanted, batch: &mut Batch) -> Result<()> {
     link.ask(wanted)?;
     match link.next(batch)? {
         Incoming::Pages => {}
-        other => return Err(link.unexpected(&format!("{other:?}"), "pages")),
+        other => return Err(link.unexpected(other.name(), "pages")),
     }
     let right = batch
         .numbers()
