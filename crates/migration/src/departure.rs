@@ -478,6 +478,8 @@ impl<G: Departing> Leaving<'_, G> {
         if self.progress.is_cancelled() {
             return Err(Error::Cancelled);
         }
+        // Also if the next word cannot be said: requests are counted from then on.
+        self.fetched = PageSet::none(last.range().clone());
         // The commit: from here on the guest is not run here, whatever happens.
         self.step(SourceEvent::Ready { pages_stay })?;
         control.say(&Word::Run)?;

@@ -4,6 +4,7 @@ use std::io::{self, Cursor, Read, Write};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+#[expect(dead_code, reason = "one side is enough here")]
 mod double;
 
 use double::Leaver;
