@@ -39,7 +39,7 @@ fn main() -> ExitCode {
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!(
         "{} MiB over loopback TCP, medians of {ROUNDS} rounds by turns, load at first {}",
-        PAGES as usize * PAGE_SIZE >> 20,
+        (PAGES as usize * PAGE_SIZE) >> 20,
         load.trim()
     );
     println!("                       plain copy   migration   migration/plain copy");
@@ -354,6 +354,10 @@ impl Read for Carried {
 impl Write for Carried {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.write(bytes)
+    }
+
+    fn write_vectored(&mut self, parts: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        self.0.write_vectored(parts)
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -3,7 +3,7 @@
 //! The source dials and greets; the destination answers. From then on one side speaks and the other listens, as
 //! the protocol has it, so one thread a link is enough, whatever is beneath it.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -101,6 +101,10 @@ impl Read for Half {
 impl Write for Half {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.lock().wire.write(bytes)
+    }
+
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.lock().wire.write_vectored(parts)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -273,12 +277,20 @@ impl Link {
         &mut self,
         make: impl FnOnce(&mut Encoder, &mut Chunk) -> stream::Result<()>,
     ) -> Result<()> {
+        self.write(|writer, encoder, chunk| {
+            make(encoder, chunk)?;
+            writer.write(chunk)
+        })
+    }
+
+    fn write(
+        &mut self,
+        write: impl FnOnce(&mut StreamWriter<Half>, &mut Encoder, &mut Chunk) -> stream::Result<()>,
+    ) -> Result<()> {
         let Some(writer) = &mut self.writer else {
             return Err(self.broken(stream::Error::Abandoned));
         };
-        make(&mut self.encoder, &mut self.chunk)
-            .and_then(|()| writer.write(&self.chunk))
-            .map_err(|source| self.broken(source))?;
+        write(writer, &mut self.encoder, &mut self.chunk).map_err(|source| self.broken(source))?;
         self.tag_bytes += self.chunk.tag_bytes() as u64;
         Ok(())
     }
@@ -295,7 +307,7 @@ impl Link {
     }
 
     pub(crate) fn pages(&mut self, batch: &Batch) -> Result<()> {
-        self.put(|encoder, chunk| encoder.pages(batch, chunk))
+        self.write(|writer, encoder, chunk| writer.write_pages(encoder, batch, chunk))
     }
 
     pub(crate) fn state(&mut self, state: &SavedState) -> Result<()> {
@@ -339,11 +351,13 @@ impl Link {
 
     /// What comes next, pages into `batch`.
     pub(crate) fn next(&mut self, batch: &mut Batch) -> Result<Incoming> {
-        let more = self.reader.read(&mut self.chunk);
-        self.incoming(more, batch)
+        let more = self
+            .reader
+            .read_decoded(&mut self.chunk, &mut self.decoder, batch);
+        self.incoming(more)
     }
 
-    fn incoming(&mut self, more: stream::Result<bool>, batch: &mut Batch) -> Result<Incoming> {
+    fn incoming(&mut self, more: stream::Result<bool>) -> Result<Incoming> {
         let at_a_boundary = self.reader.bytes();
         let read = more.map_err(|source| match source {
             stream::Error::Truncated { offset } if offset == at_a_boundary => Error::Ended {
@@ -356,7 +370,7 @@ impl Link {
         }
         let (decoder, chunk) = (&mut self.decoder, &self.chunk);
         let decoded = match chunk.kind() {
-            Kind::Pages => decoder.pages(chunk, batch).map(|()| Incoming::Pages),
+            Kind::Pages => Ok(Incoming::Pages),
             Kind::Holes => decoder.holes(chunk).map(Incoming::Holes),
             Kind::State => decoder.state(chunk).map(|state| {
                 Incoming::State(SavedState {
@@ -397,8 +411,7 @@ impl Link {
         let more = self
             .reader
             .read_only(&mut self.chunk, |kind| kind == Kind::Message(WORD));
-        let mut none = Batch::new(Metadata::None);
-        match self.incoming(more, &mut none)? {
+        match self.incoming(more)? {
             Incoming::Word(Word::Refused { reason }) => Err(Error::Refused {
                 peer: self.peer.clone(),
                 reason,

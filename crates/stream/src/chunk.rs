@@ -108,6 +108,11 @@ impl Chunk {
         &self.bytes
     }
 
+    /// How many bytes of the stream it is.
+    pub(crate) const fn len(&self) -> usize {
+        HEAD_LEN + self.head.body_len()
+    }
+
     fn body(&self) -> &[u8] {
         self.bytes.get(HEAD_LEN..).unwrap_or_default()
     }
@@ -220,6 +225,17 @@ impl Encoder {
     /// # Errors
     /// [`Error::Metadata`] if the batch has other metadata than the stream.
     pub fn pages(&mut self, batch: &Batch, chunk: &mut Chunk) -> Result<()> {
+        let data = self.pages_apart(batch, chunk)?;
+        chunk.bytes.extend_from_slice(data);
+        Ok(())
+    }
+
+    /// Makes a chunk of pages whose data are not in its bytes yet, unless they were compressed, and returns those.
+    pub(crate) fn pages_apart<'a>(
+        &'a mut self,
+        batch: &'a Batch,
+        chunk: &mut Chunk,
+    ) -> Result<&'a [u8]> {
         same_metadata("the batch", batch.metadata(), "the stream", self.metadata)?;
         let bytes = begin(chunk);
         let mut end = 0;
@@ -255,9 +271,9 @@ impl Encoder {
             check: self.check.end(),
             data,
         };
-        finish(chunk, &content, self.seed, &mut self.compressor);
+        let apart = finish_apart(chunk, &content, self.seed, &mut self.compressor);
         chunk.tag_bytes = tag_bytes;
-        Ok(())
+        Ok(apart)
     }
 
     /// Makes a chunk of holes: pages that are not populated, or no longer. Takes as many of the runs
@@ -373,14 +389,29 @@ fn begin(chunk: &mut Chunk) -> &mut Vec<u8> {
 }
 
 fn finish(chunk: &mut Chunk, content: &Content<'_>, seed: u64, compressor: &mut Compressor) {
+    let data = finish_apart(chunk, content, seed, compressor);
+    chunk.bytes.extend_from_slice(data);
+}
+
+/// Returns the data that belong behind the bytes, unless they were compressed.
+fn finish_apart<'a>(
+    chunk: &mut Chunk,
+    content: &Content<'a>,
+    seed: u64,
+    compressor: &mut Compressor,
+) -> &'a [u8] {
     let meta_end = chunk.bytes.len();
-    let codec = compressor.append(content.data, &mut chunk.bytes);
+    let compressed = compressor.append_shorter(content.data, &mut chunk.bytes);
+    let apart = match compressed {
+        Some(_) => &[],
+        None => content.data,
+    };
     let mut head = Head {
         kind: content.kind,
-        codec,
+        codec: compressed.unwrap_or(Codec::Raw),
         count: content.count,
         meta_len: meta_end - HEAD_LEN,
-        data_len: chunk.bytes.len() - meta_end,
+        data_len: chunk.bytes.len() - meta_end + apart.len(),
         decoded_len: content.data.len(),
         content_check: content.check,
         check: 0,
@@ -388,6 +419,7 @@ fn finish(chunk: &mut Chunk, content: &Content<'_>, seed: u64, compressor: &mut 
     head.write(seed, &mut chunk.bytes);
     chunk.head = head;
     chunk.seed = seed;
+    apart
 }
 
 fn put_tags(tags: &[TagPage], bytes: &mut Vec<u8>) {
@@ -421,16 +453,33 @@ impl Decoder {
     /// # Errors
     /// [`Error::Chunk`]; [`Error::Metadata`] if the batch has other metadata than the stream.
     pub fn pages(&mut self, chunk: &Chunk, batch: &mut Batch) -> Result<()> {
+        self.pages_with(chunk, batch, |decompressor, out| {
+            decompressor.fill(chunk.head.codec, chunk.data(), out)
+        })
+    }
+
+    /// The same, with data that `fill` has.
+    pub(crate) fn pages_with(
+        &mut self,
+        chunk: &Chunk,
+        batch: &mut Batch,
+        fill: impl FnOnce(&mut Decompressor, &mut [u8]) -> Result<(), ChunkError>,
+    ) -> Result<()> {
         batch.clear();
         chunk.must_be(Kind::Pages)?;
         same_metadata("the stream", self.metadata, "the batch", batch.metadata())?;
-        self.decode_pages(chunk, batch).map_err(|problem| {
+        self.decode_pages(chunk, batch, fill).map_err(|problem| {
             batch.clear();
             chunk.place.fault(problem)
         })
     }
 
-    fn decode_pages(&mut self, chunk: &Chunk, batch: &mut Batch) -> Result<(), ChunkError> {
+    fn decode_pages(
+        &mut self,
+        chunk: &Chunk,
+        batch: &mut Batch,
+        fill: impl FnOnce(&mut Decompressor, &mut [u8]) -> Result<(), ChunkError>,
+    ) -> Result<(), ChunkError> {
         let head = &chunk.head;
         let mut meta = chunk.meta();
         let mut end = 0;
@@ -460,7 +509,7 @@ impl Decoder {
         }
         batch.make_room();
         let decoded = batch.data[..with_data].as_flattened_mut();
-        self.decompressor.fill(head.codec, chunk.data(), decoded)?;
+        fill(&mut self.decompressor, decoded)?;
         spread(&mut batch.data[..head.count], with_data, has_data);
         self.verify(head, batch, has_data)
     }

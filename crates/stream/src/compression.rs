@@ -39,8 +39,8 @@ impl Compressor {
         })
     }
 
-    /// Appends data, shorter if possible.
-    pub(crate) fn append(&mut self, data: &[u8], out: &mut Vec<u8>) -> Codec {
+    /// Appends data compressed; nothing if they would not become shorter.
+    pub(crate) fn append_shorter(&mut self, data: &[u8], out: &mut Vec<u8>) -> Option<Codec> {
         let before = out.len();
         let shorter = match self {
             Self::None => None,
@@ -58,17 +58,9 @@ impl Compressor {
                     .map(|len| (Codec::Zstd, len))
             }
         };
-        match shorter {
-            Some((codec, len)) if len < data.len() => {
-                out.truncate(before + len);
-                codec
-            }
-            _ => {
-                out.truncate(before);
-                out.extend_from_slice(data);
-                Codec::Raw
-            }
-        }
+        let shorter = shorter.filter(|(_, len)| *len < data.len());
+        out.truncate(before + shorter.map_or(0, |(_, len)| len));
+        shorter.map(|(codec, _)| codec)
     }
 }
 

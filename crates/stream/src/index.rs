@@ -99,8 +99,7 @@ impl IndexBuilder {
             }
             kind => return Err(chunk.place.fault(ChunkError::Unexpected(kind))),
         }
-        self.index
-            .add(chunk.kind(), chunk.bytes.len(), chunk.head.check);
+        self.index.add(chunk.kind(), chunk.len(), chunk.head.check);
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use crate::chunk::{Chunk, Decoder, Place, State};
 use crate::error::{ChunkError, Error, Result, io};
 use crate::header::{Header, Identity};
 use crate::source::{PageSink, discard, place};
-use crate::wire::{HEAD_LEN, Head, Kind, RawEnd};
+use crate::wire::{Codec, HEAD_LEN, Head, Kind, RawEnd};
 use crate::writer::Progress;
 
 /// Reads a stream in order.
@@ -87,7 +87,54 @@ impl<R: Read> StreamReader<R> {
             .inspect_err(|_| *chunk = Chunk::new())
     }
 
+    /// Reads the next chunk and, if it is one of pages, decodes these into `batch`: as [`Self::read`] and [`Decoder::pages`] do, but data that
+    /// are not compressed are read to where they belong, and are not in the chunk.
+    ///
+    /// # Errors
+    /// Those of both.
+    pub fn read_decoded(
+        &mut self,
+        chunk: &mut Chunk,
+        decoder: &mut Decoder,
+        batch: &mut Batch,
+    ) -> Result<bool> {
+        if self.end.is_some() {
+            return Ok(false);
+        }
+        let read = self.read_head(chunk, |_| true).and_then(|()| {
+            if chunk.kind() != Kind::Pages {
+                return self.read_rest(chunk);
+            }
+            if chunk.head.codec != Codec::Raw {
+                let more = self.read_rest(chunk)?;
+                return decoder.pages(chunk, batch).map(|()| more);
+            }
+            self.read_body(chunk, chunk.head.meta_len)?;
+            let mut arrived = Ok(());
+            let decoded = decoder.pages_with(chunk, batch, |_, data| {
+                arrived = self.from.read_exact(data);
+                match arrived {
+                    Ok(()) => Ok(()),
+                    Err(_) => Err(ChunkError::Data),
+                }
+            });
+            self.whole(arrived, chunk.bytes.len())?;
+            decoded?;
+            self.progress.add(chunk);
+            Ok(true)
+        });
+        read.inspect_err(|_| {
+            *chunk = Chunk::new();
+            batch.clear();
+        })
+    }
+
     fn read_chunk(&mut self, chunk: &mut Chunk, wanted: impl Fn(Kind) -> bool) -> Result<bool> {
+        self.read_head(chunk, wanted)?;
+        self.read_rest(chunk)
+    }
+
+    fn read_head(&mut self, chunk: &mut Chunk, wanted: impl Fn(Kind) -> bool) -> Result<()> {
         chunk.place = Place {
             number: self.progress.chunks,
             offset: self.progress.bytes,
@@ -103,15 +150,23 @@ impl<R: Read> StreamReader<R> {
         }
         chunk.bytes.clear();
         chunk.bytes.extend_from_slice(&head);
-        let len = chunk.head.body_len();
-        // Room grows with what arrives, not with what the head claims.
+        Ok(())
+    }
+
+    /// Reads so much of the body. Room grows with what arrives, not with what the head claims.
+    fn read_body(&mut self, chunk: &mut Chunk, len: usize) -> Result<()> {
         let mut body = self.from.by_ref().take(len as u64);
         let read = match body.read_to_end(&mut chunk.bytes) {
             Ok(read) if read == len => Ok(()),
             Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
             Err(error) => Err(error),
         };
-        self.whole(read, chunk.bytes.len())?;
+        self.whole(read, chunk.bytes.len())
+    }
+
+    /// Reads the body; whether there is more behind it.
+    fn read_rest(&mut self, chunk: &mut Chunk) -> Result<bool> {
+        self.read_body(chunk, chunk.head.body_len())?;
         if chunk.kind() == Kind::End {
             self.check_end(chunk)?;
             return Ok(false);

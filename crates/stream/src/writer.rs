@@ -1,12 +1,13 @@
 //! Streams to files and connections.
 
-use std::io::Write;
+use std::io::{self, IoSlice, Write};
 
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::U64;
 
+use crate::batch::Batch;
 use crate::check::chained;
-use crate::chunk::{Chunk, seal_raw};
+use crate::chunk::{Chunk, Encoder, seal_raw};
 use crate::error::{Error, Result, io};
 use crate::header::{Header, Identity};
 use crate::index::IndexBuilder;
@@ -46,7 +47,7 @@ impl Progress {
         }
         self.chunks += 1;
         self.pages += chunk.pages() as u64;
-        self.bytes += chunk.bytes.len() as u64;
+        self.bytes += chunk.len() as u64;
         self.stream_check = chained(self.stream_check, check);
     }
 
@@ -114,6 +115,25 @@ impl<W: Write> StreamWriter<W> {
     /// writers, or a message to a file. [`Error::Io`]; then, and from then on, the stream cannot be
     /// finished.
     pub fn write(&mut self, chunk: &Chunk) -> Result<()> {
+        self.write_with(chunk, &[])
+    }
+
+    /// Makes a chunk of pages, in the room of `chunk`, and writes it. It is the same as [`Encoder::pages`] and [`Self::write`], but data that
+    /// are not compressed go from the batch to what is written to.
+    ///
+    /// # Errors
+    /// Those of both.
+    pub fn write_pages(
+        &mut self,
+        encoder: &mut Encoder,
+        batch: &Batch,
+        chunk: &mut Chunk,
+    ) -> Result<()> {
+        let data = encoder.pages_apart(batch, chunk)?;
+        self.write_with(chunk, data)
+    }
+
+    fn write_with(&mut self, chunk: &Chunk, data: &[u8]) -> Result<()> {
         if chunk.seed != self.seed {
             return Err(Error::ForeignChunk);
         }
@@ -126,7 +146,7 @@ impl<W: Write> StreamWriter<W> {
         if let Some(index) = &mut self.index {
             index.add(chunk)?;
         }
-        self.put(chunk)
+        self.put_with(chunk, data)
     }
 
     /// Pushes out what the layers below hold back.
@@ -174,11 +194,119 @@ impl<W: Write> StreamWriter<W> {
     }
 
     fn put(&mut self, chunk: &Chunk) -> Result<()> {
-        if let Err(error) = self.to.write_all(&chunk.bytes) {
+        self.put_with(chunk, &[])
+    }
+
+    fn put_with(&mut self, chunk: &Chunk, data: &[u8]) -> Result<()> {
+        if let Err(error) = write_both(&mut self.to, &chunk.bytes, data) {
             self.failed = true;
             return Err(io("write the stream")(error));
         }
         self.progress.add(chunk);
         Ok(())
+    }
+}
+
+fn write_both(to: &mut impl Write, one: &[u8], other: &[u8]) -> io::Result<()> {
+    let mut parts = [one, other].map(IoSlice::new);
+    let mut rest = &mut parts[..];
+    IoSlice::advance_slices(&mut rest, 0);
+    while !rest.is_empty() {
+        match to.write_vectored(rest) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut rest, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use mte::{Tag, TagPage};
+
+    use super::*;
+    use crate::batch::ZERO_PAGE;
+    use crate::{Compression, Metadata, PAGE_SIZE, StreamReader};
+
+    fn batch() -> Batch {
+        let mut batch = Batch::new(Metadata::ArmMte);
+        for (number, data) in [(3, [7; PAGE_SIZE]), (4, ZERO_PAGE), (9, [8; PAGE_SIZE])] {
+            let tags = TagPage::filled(Tag::from_low_bits(number as u8));
+            batch.push(number, &data, Some(&tags)).unwrap();
+        }
+        batch
+    }
+
+    #[test]
+    fn pages_are_the_same_bytes_however_they_are_written() {
+        for compression in [Compression::None, Compression::Lz4] {
+            let header = Header::of_file(Metadata::ArmMte, None).unwrap();
+            let mut encoder = Encoder::new(&header, compression).unwrap();
+            let mut chunk = Chunk::new();
+            let mut one = StreamWriter::new(Vec::new(), header.clone()).unwrap();
+            encoder.pages(&batch(), &mut chunk).unwrap();
+            one.write(&chunk).unwrap();
+            let mut other = StreamWriter::new(Vec::new(), header).unwrap();
+            other
+                .write_pages(&mut encoder, &batch(), &mut chunk)
+                .unwrap();
+
+            assert_eq!(one.finish().unwrap(), other.finish().unwrap());
+        }
+    }
+
+    #[test]
+    fn pages_are_the_same_however_they_are_read() {
+        for compression in [Compression::None, Compression::Lz4] {
+            let header = Header::of_connection(Metadata::ArmMte).unwrap();
+            let mut encoder = Encoder::new(&header, compression).unwrap();
+            let mut chunk = Chunk::new();
+            let mut writer = StreamWriter::new(Vec::new(), header).unwrap();
+            writer
+                .write_pages(&mut encoder, &batch(), &mut chunk)
+                .unwrap();
+            let (bytes, identity) = writer.finish().unwrap();
+            let mut reader = StreamReader::new(&bytes[..]).unwrap();
+            let mut decoder = reader.decoder();
+            let mut read = Batch::new(Metadata::ArmMte);
+
+            let more = reader.read_decoded(&mut chunk, &mut decoder, &mut read);
+
+            assert!(more.unwrap());
+            assert!(batch().iter().eq(read.iter()));
+            let more = reader.read_decoded(&mut chunk, &mut decoder, &mut read);
+            assert!(!more.unwrap());
+            assert_eq!(reader.identity(), Some(identity));
+        }
+    }
+
+    #[test]
+    fn damaged_or_cut_off_pages_are_not_in_the_batch() {
+        let header = Header::of_connection(Metadata::ArmMte).unwrap();
+        let mut encoder = Encoder::new(&header, Compression::None).unwrap();
+        let mut chunk = Chunk::new();
+        let mut bytes = Vec::new();
+        let mut writer = StreamWriter::new(&mut bytes, header).unwrap();
+        writer
+            .write_pages(&mut encoder, &batch(), &mut chunk)
+            .unwrap();
+        let mut damaged = bytes.clone();
+        *damaged.last_mut().unwrap() ^= 1;
+        let cut = &bytes[..bytes.len() - 1];
+        for bytes in [&damaged, cut] {
+            let mut reader = StreamReader::new(bytes).unwrap();
+            let mut decoder = reader.decoder();
+            let mut read = batch();
+
+            let result = reader.read_decoded(&mut chunk, &mut decoder, &mut read);
+
+            assert!(matches!(
+                result,
+                Err(Error::Chunk { .. } | Error::Truncated { .. })
+            ));
+            assert!(read.is_empty());
+        }
     }
 }

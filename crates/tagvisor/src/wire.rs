@@ -28,6 +28,10 @@ impl io::Write for Carried {
         self.0.write(bytes)
     }
 
+    fn write_vectored(&mut self, parts: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        self.0.write_vectored(parts)
+    }
+
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
     }

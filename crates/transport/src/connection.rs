@@ -3,7 +3,7 @@
 //! Received bytes are read ahead into one buffer, since TLS asks for little at a time; longer plain reads go past it. Sent ones are not
 //! gathered: what is written is on its way when `write` returns.
 
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufReader, IoSlice, Read, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -155,13 +155,17 @@ impl Read for Connection {
 impl Write for Connection {
     /// With TLS, an error may be reported by the next call, since what was turned into records counts as written.
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(buf)])
+    }
+
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         self.check()?;
         let Some(session) = &mut self.session else {
-            return self.link.get_mut().write(buf);
+            return self.link.get_mut().write_vectored(bufs);
         };
         let link = self.link.get_mut();
         send(session, link)?;
-        let written = session.writer().write(buf)?;
+        let written = session.writer().write_vectored(bufs)?;
         self.failed = send(session, link).err();
         Ok(written)
     }
