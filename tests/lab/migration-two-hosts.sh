@@ -5,7 +5,7 @@
 # what came over the connection is what was sent. Then the link breaks in the middle of post-copy, and is mended.
 . "$(dirname "$0")/guests.bash"
 
-moves=${MOVES:-4}
+moves=${MOVES:-2}
 kernel=$LAB/kernels/trixie
 
 # A bridge with the card in it and a tap for the guest, on both hosts.
@@ -90,7 +90,7 @@ tagvisor run --name at-0 --kernel "$kernel/Image" --initrd guest.initrd --cpus 4
     --console "file=$OUT/guest-1.console" --cmdline 'console=ttyS0 quiet panic=-1 -- sh /work' < /dev/null &
 here=$!
 goes_on $here
-ways=('' '--postcopy now' '--connections 2' '--postcopy auto --compress lz4')
+ways=('--connections 2' '--postcopy now' '' '--postcopy auto --compress lz4')
 for move in $(seq "$moves"); do
     way=${ways[(move - 1) % ${#ways[@]}]}
     from=$(((move - 1) % 2 + 1))
