@@ -1,7 +1,7 @@
 #!/bin/bash
 # lab: hosts=2 memory=2G peer-memory=2G cpus=2 timeout=600
 # A guest that writes data and tags on 4 CPUs, and receives by one TCP connection all the while, goes back and forth between two
-# hosts MOVES times (4 if it is not said; 20 are the whole test), by pre-copy and by post-copy. Its memory has no difference, and
+# hosts MOVES times (2 if it is not said; 20 are the whole test), by pre-copy and by post-copy. Its memory has no difference, and
 # what came over the connection is what was sent. Then the link breaks in the middle of post-copy, and is mended.
 . "$(dirname "$0")/guests.bash"
 

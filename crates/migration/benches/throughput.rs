@@ -138,7 +138,7 @@ fn migrate(source: &Arc<Source>, sink: &Arc<Sink>, connections: u8) -> Duration 
                 .receive(&mut guest, &Progress::default())
                 .expect("nothing breaks");
             held.wait();
-            held.attend(|| migration::Fill::Complete, |_| {});
+            held.attend(None, |_| {});
         });
         let departure = depart(
             &mut Leaver(source.clone()),

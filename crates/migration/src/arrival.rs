@@ -141,6 +141,7 @@ impl Receiver {
                                 pages_missing: !missing.is_empty(),
                             }),
                             peer,
+                            is_mended: false,
                         }),
                         Err(error) => {
                             *self.desk.session() = None;
@@ -630,6 +631,8 @@ pub struct Held {
     reported: Option<(Destination, Instant)>,
     state: Shared,
     peer: Option<Arc<Peer>>,
+    /// The source came back, and no failure to fetch pages was heard of since.
+    is_mended: bool,
 }
 
 /// Decides for a destination that cannot ask its source, by somebody who made sure of that one.
@@ -671,12 +674,21 @@ pub enum Fill {
     Complete,
 }
 
+/// Who fetches the pages of a guest that runs already.
+pub trait Filling {
+    /// How far that is.
+    fn state(&self) -> Fill;
+
+    /// Tries again what failed, if something did. When this returns, [`Self::state`] is [`Fill::Failed`] only if it failed again.
+    fn retry(&self);
+}
+
 /// What happens to a guest that fetches its pages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Happening {
     /// The link broke, for this reason: it waits for pages that are at the source.
     Separated(String),
-    /// The link is there again: pages that failed can be tried again.
+    /// The link is there again, and pages that failed are being tried again.
     Found,
     /// All its pages are here.
     Complete,
@@ -814,6 +826,7 @@ impl Held {
         if let Some(peer) = &self.peer {
             Peer::set_patience(&links, self.receiver.patience)?;
             peer.add(links);
+            self.is_mended = true;
         }
         if self.state() == Destination::Separated {
             self.state.step(DestinationEvent::Found)?;
@@ -825,25 +838,23 @@ impl Held {
     }
 
     /// After the guest was let run: tells the source, and sees to it that the pages that are still there come here. Comes back
-    /// when all of the guest is here and the source knows.
-    pub fn attend(mut self, fill: impl Fn() -> Fill, happens: impl Fn(Happening)) {
-        // The link broke and was mended before it was known who runs the guest.
-        if self.control.is_some() && matches!(fill(), Fill::Failed(_)) {
-            happens(Happening::Found);
-        }
+    /// when all of the guest is here and the source knows. Without a `filling` it is here already.
+    pub fn attend(mut self, filling: Option<&dyn Filling>, happens: impl Fn(Happening)) {
         loop {
-            let error = match self.watch(&fill, &happens) {
+            let error = match self.watch(filling, &happens) {
                 Ok(()) => return,
                 Err(error) => error,
             };
             self.separate(&error, &happens);
             while self.control.is_none() {
-                if self.state() == Destination::Separated && fill() == Fill::Complete {
+                if self.state() == Destination::Separated && fill_of(filling) == Fill::Complete {
                     let _ = self.state.step(DestinationEvent::AllThere);
                     happens(Happening::Complete);
                 }
                 match self.come_back() {
-                    Ok(false) if self.state() == Destination::Running => happens(Happening::Found),
+                    Ok(false) if self.state() == Destination::Running => {
+                        try_again(filling, &happens)
+                    }
                     Ok(_) | Err(Error::Cancelled) => {}
                     Err(error) => tracing::warn!("the source tried to come back: {error}"),
                 }
@@ -863,15 +874,20 @@ impl Held {
     }
 
     /// Tells the source where this side is until all is here.
-    fn watch(&mut self, fill: &impl Fn() -> Fill, happens: &impl Fn(Happening)) -> Result<()> {
+    fn watch(&mut self, filling: Option<&dyn Filling>, happens: &impl Fn(Happening)) -> Result<()> {
         let Some(control) = &mut self.control else {
             return Ok(());
         };
         loop {
             let mut fetched = 0;
             if self.state.get() == Destination::Running {
-                match fill() {
+                match fill_of(filling) {
                     Fill::Filling(pages) => fetched = pages,
+                    // Of the link that was there before, perhaps: that is heard of at any time.
+                    Fill::Failed(_) if self.is_mended => {
+                        self.is_mended = false;
+                        try_again(filling, happens);
+                    }
                     Fill::Failed(reason) => return Err(Error::Machine(reason.into())),
                     Fill::Complete => {
                         self.state.step(DestinationEvent::AllThere)?;
@@ -897,6 +913,18 @@ impl Held {
             thread::sleep(LOOK_EVERY / 5);
         }
     }
+}
+
+fn fill_of(filling: Option<&dyn Filling>) -> Fill {
+    filling.map_or(Fill::Complete, Filling::state)
+}
+
+/// There are new links: what failed for want of them is tried again, and whoever paused the guest for that is told.
+fn try_again(filling: Option<&dyn Filling>, happens: &impl Fn(Happening)) {
+    if let Some(filling) = filling {
+        filling.retry();
+    }
+    happens(Happening::Found);
 }
 
 /// What a fuzzer calls instead of what waits: everybody who will dial has, and has said all that they will.
@@ -933,10 +961,10 @@ impl Held {
         None
     }
 
-    /// [`Held::attend`], as long as there is somebody who came back. `fill` must not say [`Fill::Filling`] for ever.
-    pub fn attend_all_who_came_back(&mut self, fill: impl Fn() -> Fill) {
+    /// [`Held::attend`], as long as there is somebody who came back. `filling` must not say [`Fill::Filling`] for ever.
+    pub fn attend_all_who_came_back(&mut self, filling: &dyn Filling) {
         loop {
-            let error = match self.watch(&fill, &|_| {}) {
+            let error = match self.watch(Some(filling), &|_| {}) {
                 Ok(()) => return,
                 Err(error) => error,
             };

@@ -11,7 +11,7 @@ mod message;
 mod peer;
 mod progress;
 
-pub use arrival::{Arriving, Decider, Fill, Happening, Held, Receiver, Verdict};
+pub use arrival::{Arriving, Decider, Fill, Filling, Happening, Held, Receiver, Verdict};
 pub use convergence::{Convergence, Next, Otherwise, Round};
 pub use departure::{Away, Departing, Departure, Options, PostCopy, Report, depart};
 pub use error::{Error, MachineError, Result};

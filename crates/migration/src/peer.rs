@@ -39,6 +39,8 @@ struct Pool {
     closers: Vec<Closer>,
     /// Links that are taken.
     taken: usize,
+    /// How often all links were ended. One that was taken before is not put back.
+    ended: u32,
 }
 
 impl Peer {
@@ -81,16 +83,23 @@ impl Peer {
             .groups
             .get(group as usize)
             .ok_or_else(|| Error::State(format!("there is no group {group} of missing pages")))?;
-        let mut link = self.take()?;
-        let fetched = ask(&mut link, wanted, batch);
-        let mut pool = self.lock();
-        pool.taken -= 1;
-        if fetched.is_ok() {
-            pool.free.push(link);
+        loop {
+            let (mut link, ended) = self.take()?;
+            let fetched = ask(&mut link, wanted, batch);
+            let mut pool = self.lock();
+            pool.taken -= 1;
+            let was_ended = pool.ended != ended;
+            if fetched.is_ok() && !was_ended {
+                pool.free.push(link);
+            }
+            let has_others = !pool.free.is_empty() || pool.taken > 0;
+            drop(pool);
+            self.changed.notify_all();
+            if fetched.is_ok() || !was_ended || !has_others {
+                return fetched;
+            }
+            // It failed with its link, which is replaced already.
         }
-        drop(pool);
-        self.changed.notify_all();
-        fetched
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Pool> {
@@ -98,12 +107,12 @@ impl Peer {
     }
 
     /// A link that nobody uses. Waits for one if there are any.
-    fn take(&self) -> Result<Link> {
+    fn take(&self) -> Result<(Link, u32)> {
         let mut pool = self.lock();
         loop {
             if let Some(link) = pool.free.pop() {
                 pool.taken += 1;
-                return Ok(link);
+                return Ok((link, pool.ended));
             }
             if pool.taken == 0 {
                 return Err(Error::Ended {
@@ -128,9 +137,12 @@ impl Peer {
 
     /// Ends all links: who fetches fails.
     pub(crate) fn close(&self) {
-        let closers = std::mem::take(&mut self.lock().closers);
+        let mut pool = self.lock();
+        pool.ended = pool.ended.wrapping_add(1);
+        pool.free.clear();
+        let closers = std::mem::take(&mut pool.closers);
+        drop(pool);
         closers.iter().for_each(|close| close());
-        self.lock().free.clear();
         self.changed.notify_all();
     }
 

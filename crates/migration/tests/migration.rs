@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use double::{Comer, Filling, Last, Leaver, Line, Memory, Network};
+use double::{Comer, Last, Leaver, Line, Memory, Network};
 use migration::handover::{Destination, Source};
 use migration::{
-    Away, Decider, Departure, Error, Fill, Happening, Options, PostCopy, Progress, Receiver,
-    Report, Verdict, depart,
+    Away, Decider, Departure, Error, Filling, Options, PostCopy, Progress, Receiver, Report,
+    Verdict, depart,
 };
 
 const LONG: Duration = Duration::from_secs(20);
@@ -91,12 +91,8 @@ fn destination(door: double::Door, mut comer: Comer) -> There {
             running.store(true, SeqCst);
             let filling = comer.filling.clone();
             held.attend(
-                || filling.as_deref().map_or(Fill::Complete, Filling::fill),
-                |happening| {
-                    if let (Happening::Found, Some(filling)) = (happening, &filling) {
-                        filling.retry();
-                    }
-                },
+                filling.as_ref().map(|filling| filling as &dyn Filling),
+                |_| {},
             );
         }
     });

@@ -493,6 +493,11 @@ where
 
     /// The guest cannot go on where it wants to: it is held, in all of its vCPUs, until there is another try.
     fn miss_memory(&mut self, reason: String) {
+        let fill = self.fill();
+        if !fill.is_some_and(|fill| matches!(fill.state(), lazy::State::Failed(_))) {
+            // There was another try before this was heard of.
+            return;
+        }
         if let Some(machine) = self.running() {
             machine.hold();
         }

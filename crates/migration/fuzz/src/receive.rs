@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use libfuzzer_sys::fuzz_target;
 use migration::{
-    Arriving, Fill, MachineError, Peer, Progress, Receiver, SavedState, Session, Verdict,
+    Arriving, Fill, Filling, MachineError, Peer, Progress, Receiver, SavedState, Session, Verdict,
 };
 use peer::{RAM, Recorded, say};
 use stream::{Batch, Metadata, PageSink};
@@ -53,7 +53,7 @@ fuzz_target!(|input: &[u8]| {
     assert_eq!(held.state().may_run(), runs);
     assert!(said.run || !runs, "nobody told it to run");
     if runs {
-        held.attend_all_who_came_back(|| guest.fill());
+        held.attend_all_who_came_back(&guest);
     }
 });
 
@@ -80,9 +80,9 @@ struct Guest {
     peer: Option<Arc<Peer>>,
 }
 
-impl Guest {
+impl Filling for Guest {
     /// Fetches all that is missing, until that fails.
-    fn fill(&self) -> Fill {
+    fn state(&self) -> Fill {
         let Some(peer) = &self.peer else {
             return Fill::Complete;
         };
@@ -95,6 +95,8 @@ impl Guest {
         }
         Fill::Complete
     }
+
+    fn retry(&self) {}
 }
 
 impl Arriving for Guest {

@@ -10,7 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use migration::{
-    Arriving, Closer, Departing, Dial, Fill, Listen, MachineError, Peer, Pending, SavedState, Wire,
+    Arriving, Closer, Departing, Dial, Fill, Filling, Listen, MachineError, Peer, Pending,
+    SavedState, Wire,
 };
 use mte::{Tag, TagPage};
 use stream::{Batch, Metadata, PAGE_SIZE, Page, PageSet, PageSink, PageSource};
@@ -238,7 +239,7 @@ pub struct Comer {
     sink: Arc<Sink>,
     pub refusal: Option<&'static str>,
     pub load_refusal: Option<&'static str>,
-    pub filling: Option<Arc<Filling>>,
+    pub filling: Option<Fetching>,
     /// A guest was offered that can be had.
     pub accepted: Arc<AtomicBool>,
 }
@@ -296,13 +297,16 @@ impl Arriving for Comer {
         if let Some(reason) = self.load_refusal {
             return Err(reason.into());
         }
-        self.filling = missing.map(|peer| Filling::start(peer, self.sink.clone()));
+        self.filling = missing.map(|peer| Fetching::start(peer, self.sink.clone()));
         Ok(())
     }
 }
 
 /// Pages that come while the guest runs: what `memory::lazy` is to a machine.
-pub struct Filling {
+#[derive(Clone)]
+pub struct Fetching(Arc<Fetched>);
+
+struct Fetched {
     peer: Arc<Peer>,
     sink: Arc<Sink>,
     left: Mutex<VecDeque<u32>>,
@@ -310,37 +314,47 @@ pub struct Filling {
     on_way: AtomicUsize,
 }
 
-impl Filling {
-    fn start(peer: Arc<Peer>, sink: Arc<Sink>) -> Arc<Self> {
+impl Fetching {
+    fn start(peer: Arc<Peer>, sink: Arc<Sink>) -> Self {
         let groups: std::collections::BTreeSet<u32> = peer.runs().map(|(_, group)| group).collect();
-        let this = Arc::new(Self {
+        let this = Self(Arc::new(Fetched {
             peer,
             sink,
             left: Mutex::new(groups.into_iter().collect()),
             fill: Mutex::new(Fill::Filling(0)),
             on_way: AtomicUsize::new(0),
-        });
-        this.retry();
+        }));
+        this.go_on();
         this
     }
 
-    pub fn fill(&self) -> Fill {
-        self.fill.lock().unwrap().clone()
-    }
-
-    /// Tries again what failed.
-    pub fn retry(self: &Arc<Self>) {
-        while self.on_way.load(SeqCst) > 0 {
-            thread::yield_now();
-        }
-        *self.fill.lock().unwrap() = Fill::Filling(0);
-        self.on_way.store(2, SeqCst);
+    /// Brings what is left, on two threads.
+    fn go_on(&self) {
+        *self.0.fill.lock().unwrap() = Fill::Filling(0);
+        self.0.on_way.store(2, SeqCst);
         for _ in 0..2 {
-            let this = self.clone();
-            thread::spawn(move || this.bring());
+            let fetched = self.0.clone();
+            thread::spawn(move || fetched.bring());
         }
     }
+}
 
+impl Filling for Fetching {
+    fn state(&self) -> Fill {
+        self.0.fill.lock().unwrap().clone()
+    }
+
+    fn retry(&self) {
+        if let Fill::Failed(_) = self.state() {
+            while self.0.on_way.load(SeqCst) > 0 {
+                thread::yield_now();
+            }
+            self.go_on();
+        }
+    }
+}
+
+impl Fetched {
     fn bring(&self) {
         let mut batch = Batch::new(Metadata::ArmMte);
         loop {
@@ -350,6 +364,10 @@ impl Filling {
             match self.peer.fetch(group, &mut batch) {
                 Ok(()) => self.sink.place(&batch).unwrap(),
                 Err(error) => {
+                    // One of the two hears of it when the link may be mended already.
+                    if group % 2 == 0 {
+                        thread::sleep(Duration::from_millis(30));
+                    }
                     self.left.lock().unwrap().push_front(group);
                     *self.fill.lock().unwrap() = Fill::Failed(error.to_string());
                     break;

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use engine::{Hypervisor, Vm, VmBuilder};
 use migration::{
-    Away, Decider, Departure, Fill, Happening, Held, Options, Receiver, Report, Verdict, depart,
-    handover,
+    Away, Decider, Departure, Fill, Filling, Happening, Held, Options, Receiver, Report, Verdict,
+    depart, handover,
 };
 use vmm::config::MachineConfig;
 use vmm::console::Console;
@@ -38,7 +38,7 @@ pub(super) enum Attended {
         runs: bool,
         done: Sender<Result<(), Refusal>>,
     },
-    /// Pages that could not be had may be tried again.
+    /// Pages that could not be had are being tried again.
     Found,
     /// The link is broken: pages are still at the source.
     Separated(String),
@@ -507,13 +507,10 @@ where
                 }
             }
             Attended::Found => {
-                let fill = self.fill();
-                if std::mem::take(&mut self.waits_for_memory) {
-                    if let Err(refusal) = self.resume() {
-                        tracing::error!("the guest cannot go on: {refusal}");
-                    }
-                } else if let Some(fill) = fill {
-                    fill.retry();
+                if std::mem::take(&mut self.waits_for_memory)
+                    && let Err(refusal) = self.resume()
+                {
+                    tracing::error!("the guest cannot go on: {refusal}");
                 }
                 if let Some(info) = &mut self.shared.known().info {
                     info.reason = None;
@@ -532,25 +529,33 @@ fn spawn(work: impl FnOnce() + Send + 'static) -> Result<(), ReceiveError> {
 }
 
 fn attend_to(held: Held, fill: Option<&LazyFill>, life: &Life) {
-    held.attend(
-        || fill.map_or(Fill::Complete, fill_of),
-        |happening| match happening {
-            Happening::Separated(reason) => life.attended(Attended::Separated(reason)),
-            Happening::Found => life.attended(Attended::Found),
-            Happening::Complete => {
-                if let Some(fill) = fill {
-                    tracing::info!("all of the guest is here: {}", fill.progress().faults);
-                }
+    let memory = fill.map(Memory);
+    let filling = memory.as_ref().map(|memory| memory as &dyn Filling);
+    held.attend(filling, |happening| match happening {
+        Happening::Separated(reason) => life.attended(Attended::Separated(reason)),
+        Happening::Found => life.attended(Attended::Found),
+        Happening::Complete => {
+            if let Some(fill) = fill {
+                tracing::info!("all of the guest is here: {}", fill.progress().faults);
             }
-        },
-    );
+        }
+    });
 }
 
-fn fill_of(fill: &LazyFill) -> Fill {
-    match fill.state() {
-        lazy::State::Filling => Fill::Filling(fill.progress().placed),
-        lazy::State::Failed(why) => Fill::Failed(why.to_string()),
-        lazy::State::Complete => Fill::Complete,
+/// The guest's memory, as whoever attends to it sees it.
+struct Memory<'a>(&'a LazyFill);
+
+impl Filling for Memory<'_> {
+    fn state(&self) -> Fill {
+        match self.0.state() {
+            lazy::State::Filling => Fill::Filling(self.0.progress().placed),
+            lazy::State::Failed(why) => Fill::Failed(why.to_string()),
+            lazy::State::Complete => Fill::Complete,
+        }
+    }
+
+    fn retry(&self) {
+        self.0.retry();
     }
 }
 
