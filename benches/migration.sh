@@ -10,7 +10,7 @@
 set -euo pipefail
 
 . /lab/benches/figures.bash
-rounds=${ROUNDS:-5}
+rounds=${ROUNDS:-3}
 kernel=/lab/kernels/trixie/Image
 initrd=/lab/kernels/trixie/initrd.cpio
 cpus=2

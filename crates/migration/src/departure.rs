@@ -441,6 +441,7 @@ impl<G: Departing> Leaving<'_, G> {
         self.stopped = Some(stopped);
         self.step(SourceEvent::Stop)?;
         let states = self.guest.stop().map_err(Error::Machine)?;
+        note(stopped, "its state is saved");
         let last = self.guest.changes().map_err(Error::Machine)?;
         for link in links.iter().chain([&*control]) {
             link.set_patience(self.options.handover_patience)?;
@@ -461,6 +462,7 @@ impl<G: Departing> Leaving<'_, G> {
             self.sent.add((link.bytes(), link.tag_bytes()));
         }
         drop(links);
+        note(stopped, "its last pages are sent");
         for state in &states {
             control.state(state)?;
         }
@@ -475,6 +477,7 @@ impl<G: Departing> Leaving<'_, G> {
             Word::Ready => {}
             other => return Err(control.unexpected(other.name(), "readiness")),
         }
+        note(stopped, "its state is loaded");
         if self.progress.is_cancelled() {
             return Err(Error::Cancelled);
         }
@@ -484,6 +487,7 @@ impl<G: Departing> Leaving<'_, G> {
         self.step(SourceEvent::Ready { pages_stay })?;
         control.say(&Word::Run)?;
         self.hear_of_it(control)?;
+        note(stopped, "it runs");
         self.serve(control, asked)
     }
 
@@ -712,6 +716,12 @@ impl<G: Departing> Leaving<'_, G> {
         self.sent.add((control.bytes(), control.tag_bytes()));
         Ok(())
     }
+}
+
+/// Where its downtime goes.
+fn note(stopped: Instant, what: &str) {
+    let ms = stopped.elapsed().as_secs_f64() * 1e3;
+    tracing::debug!("the guest stands still for {ms:.1} ms, and {what}");
 }
 
 /// Hears how many links for requests the destination wants.

@@ -8,6 +8,7 @@ mod error;
 pub mod handover;
 mod link;
 mod message;
+mod pace;
 mod peer;
 mod progress;
 
@@ -17,5 +18,5 @@ pub use departure::{Away, Departing, Departure, Options, PostCopy, Report, depar
 pub use error::{Error, MachineError, Result};
 pub use link::{Closer, Dial, Listen, Pending, SavedState, Wire};
 pub use message::{MAX_LINKS, PROTOCOL, Session};
-pub use peer::Peer;
+pub use peer::{Fetcher, MOST_AHEAD, Peer};
 pub use progress::{Figures, Progress};

@@ -15,6 +15,7 @@ use stream::{
 
 use crate::error::{Error, Result};
 use crate::message::{Hello, WANTED, WORD, Wanted, Word};
+use crate::pace::{Pace, Sent};
 
 /// What bytes are carried by: a socket, with TLS or without, or a test's pipe.
 pub trait Wire: Read + Write + Send {
@@ -160,6 +161,9 @@ pub(crate) struct Link {
     decoder: Decoder,
     chunk: Chunk,
     tag_bytes: u64,
+    pace: Pace,
+    /// When pages were sent last, if nothing was said since.
+    idle_since: Option<Instant>,
     /// Bytes of a writer that is finished.
     finished: u64,
 }
@@ -216,6 +220,8 @@ impl Link {
             encoder,
             chunk,
             tag_bytes: 0,
+            pace: Pace::default(),
+            idle_since: None,
             finished: 0,
         };
         match link.hear()? {
@@ -296,18 +302,34 @@ impl Link {
     }
 
     pub(crate) fn say(&mut self, word: &Word) -> Result<()> {
+        self.idle_since = None;
         let bytes = serde_json::to_vec(word).expect("words are made of what JSON has");
         self.put(|encoder, chunk| encoder.message(WORD, &bytes, chunk))?;
         self.flush()
     }
 
+    /// Asks for pages, when it is flushed.
     pub(crate) fn ask(&mut self, wanted: Wanted) -> Result<()> {
-        self.put(|encoder, chunk| encoder.message(WANTED, &wanted.to_bytes(), chunk))?;
-        self.flush()
+        self.put(|encoder, chunk| encoder.message(WANTED, &wanted.to_bytes(), chunk))
     }
 
     pub(crate) fn pages(&mut self, batch: &Batch) -> Result<()> {
-        self.write(|writer, encoder, chunk| writer.write_pages(encoder, batch, chunk))
+        let (effort, before) = (self.pace.effort(), self.bytes());
+        let begun = self.idle_since.take().unwrap_or_else(Instant::now);
+        self.write(|writer, encoder, chunk| {
+            encoder.set_tag_effort(effort);
+            writer.write_pages(encoder, batch, chunk)
+        })?;
+        let now = Instant::now();
+        self.idle_since = Some(now);
+        self.pace.learn(Sent {
+            pages: batch.tags().len(),
+            bytes: (self.bytes() - before) as usize,
+            tag_bytes: self.chunk.tag_bytes(),
+            time: now - begun,
+            tag_time: self.encoder.tag_time(),
+        });
+        Ok(())
     }
 
     pub(crate) fn state(&mut self, state: &SavedState) -> Result<()> {
@@ -510,6 +532,8 @@ impl Greeted {
             encoder,
             chunk: Chunk::new(),
             tag_bytes: 0,
+            pace: Pace::default(),
+            idle_since: None,
             finished: 0,
         };
         link.say(word)?;

@@ -6,9 +6,10 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use mte::TagPage;
-use tagcodec::{decode_batch, encode_batch, max_batch_len};
+use tagcodec::{Effort, decode_batch, max_batch_len};
 use zerocopy::IntoBytes;
 
 use crate::batch::{Batch, Page, ZERO_PAGE, same_metadata};
@@ -199,6 +200,9 @@ pub struct Encoder {
     metadata: Metadata,
     seed: u64,
     compressor: Compressor,
+    tags: Box<tagcodec::Encoder>,
+    effort: Effort,
+    tag_time: Duration,
     check: PagesCheck,
     /// Data of pages that are not zero, if others are between them.
     gathered: Vec<u8>,
@@ -215,9 +219,23 @@ impl Encoder {
             metadata: header.metadata,
             seed,
             compressor: Compressor::new(compression).map_err(io("set up the compressor"))?,
+            tags: Box::default(),
+            effort: Effort::Full,
+            tag_time: Duration::ZERO,
             check: PagesCheck::new(seed),
             gathered: Vec::new(),
         })
+    }
+
+    /// How much is to be made of tags from now on.
+    pub const fn set_tag_effort(&mut self, effort: Effort) {
+        self.effort = effort;
+    }
+
+    /// How long it took to make something of the tags of the last chunk of pages.
+    #[must_use]
+    pub const fn tag_time(&self) -> Duration {
+        self.tag_time
     }
 
     /// Makes a chunk of pages.
@@ -255,7 +273,9 @@ impl Encoder {
             self.check.add(number, (!zero).then_some(data), tags);
         }
         let before_tags = bytes.len();
-        put_tags(batch.tags(), bytes);
+        let begun = Instant::now();
+        put_tags(&mut self.tags, self.effort, batch.tags(), bytes);
+        self.tag_time = begun.elapsed();
         let tag_bytes = bytes.len() - before_tags;
         let data = if zeros {
             self.gathered.clear();
@@ -422,10 +442,17 @@ fn finish_apart<'a>(
     apart
 }
 
-fn put_tags(tags: &[TagPage], bytes: &mut Vec<u8>) {
+fn put_tags(
+    encoder: &mut tagcodec::Encoder,
+    effort: Effort,
+    tags: &[TagPage],
+    bytes: &mut Vec<u8>,
+) {
     let before = bytes.len();
     bytes.resize(before + max_batch_len(tags.len()), 0);
-    let len = encode_batch(tags, &mut bytes[before..]).expect("there is room for any tags");
+    let len = encoder
+        .batch_with(effort, tags, &mut bytes[before..])
+        .expect("there is room for any tags");
     bytes.truncate(before + len);
 }
 

@@ -29,6 +29,7 @@ pub use parallel::{Sending, restore, send, send_changes};
 pub use reader::{StreamReader, receive};
 pub use snapshot::{Location, ReadAt, Snapshot, SnapshotReader};
 pub use source::{Cursor, PageSink, PageSource};
+pub use tagcodec::Effort as TagEffort;
 pub use wire::{
     Kind, MAX_CHUNK_PAGES, MAX_INDEXED_CHUNKS, MAX_MESSAGE_LEN, MAX_NAME_LEN, MAX_PAGE,
     MAX_STATE_LEN, PAGE_SIZE, VERSION,

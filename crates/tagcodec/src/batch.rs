@@ -6,7 +6,7 @@ use crate::bits::BitWriter;
 use crate::code::{Code, Counts, FIXED, FIXED_CODES, Lengths, PAGES_COUNTED, Reading, Writing};
 use crate::error::Error;
 use crate::page::{
-    MAX_PAGE_LEN, MOST_SPANS, RAW, SPANS_MARGIN, decode_page, encode_page, put_spans,
+    MAX_PAGE_LEN, MOST_SPANS, RAW, SPANS_MARGIN, decode_page, encode_page, put_raw, put_spans,
 };
 use crate::span::{PACKED, Spans, first_granules, uniform};
 use crate::unpacked::{SpanReader, pack, room};
@@ -110,6 +110,17 @@ pub fn encode_batch(pages: &[TagPage], out: &mut [u8]) -> Result<usize, Error> {
     Encoder::new().batch(pages, out)
 }
 
+/// What is to be had from coding a batch. Both are decoded alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Effort {
+    /// The fewest bytes.
+    #[default]
+    Full,
+    /// The least time: pages with more than one tag stay as they are. For links that take the bytes of a page in less time than its
+    /// tags are coded.
+    Least,
+}
+
 /// Codes batches, and has the room for it, 9 KiB, which need not be cleared for each.
 pub struct Encoder {
     spans: Spans,
@@ -132,6 +143,13 @@ struct Streams {
     bytes: usize,
 }
 
+impl Streams {
+    const NONE: Self = Self {
+        first: (0, 0),
+        bytes: 0,
+    };
+}
+
 impl Encoder {
     /// Room for any batch.
     #[must_use]
@@ -148,6 +166,19 @@ impl Encoder {
     /// # Errors
     /// [`Error::NoRoom`] if `out` is shorter than [`max_batch_len`].
     pub fn batch(&mut self, pages: &[TagPage], out: &mut [u8]) -> Result<usize, Error> {
+        self.batch_with(Effort::Full, pages, out)
+    }
+
+    /// Codes pages together, as [`Encoder::batch`] does, with this effort.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`] if `out` is shorter than [`max_batch_len`].
+    pub fn batch_with(
+        &mut self,
+        effort: Effort,
+        pages: &[TagPage],
+        out: &mut [u8],
+    ) -> Result<usize, Error> {
         let needed = max_batch_len(pages.len());
         if out.len() < needed {
             return Err(Error::NoRoom {
@@ -157,23 +188,38 @@ impl Encoder {
         }
         let mut written = 0;
         for group in pages.chunks(GROUP) {
-            written += self.group(group, &mut out[written..]);
+            written += self.group(effort, group, &mut out[written..]);
         }
         Ok(written)
     }
 
-    fn group(&mut self, pages: &[TagPage], out: &mut [u8]) -> usize {
+    fn group(&mut self, effort: Effort, pages: &[TagPage], out: &mut [u8]) -> usize {
         let mut kinds = Kinds::of(pages);
         if kinds.other == 1 && kinds.same == first(pages.len()) & !1 {
             out[0] = pages[0].get(0).value();
             return 1;
+        }
+        if effort == Effort::Least {
+            let alone = kinds.in_spans(pages.len());
+            kinds.same |= alone;
+            kinds.other |= alone;
+            return self
+                .assemble(
+                    pages,
+                    kinds,
+                    &Choice::Fixed(0),
+                    &Streams::NONE,
+                    put_raw,
+                    out,
+                )
+                .unwrap_or_else(|| raw(pages, out));
         }
         let choice = self.choose(pages, kinds);
         let streams = match &choice {
             Choice::Fixed(code) => self.streams(pages, &mut kinds, &FIXED[*code].writing),
             Choice::Own(lengths) => self.streams(pages, &mut kinds, &Writing::of(lengths)),
         };
-        self.assemble(pages, kinds, &choice, &streams, out)
+        self.assemble(pages, kinds, &choice, &streams, encode_page, out)
             .unwrap_or_else(|| raw(pages, out))
     }
 
@@ -238,6 +284,7 @@ impl Encoder {
         kinds: Kinds,
         choice: &Choice,
         streams: &Streams,
+        put_page: impl Fn(&TagPage, &mut [u8; MAX_PAGE_LEN]) -> usize,
         out: &mut [u8],
     ) -> Option<usize> {
         let limit = 1 + pages.len() * PACKED;
@@ -277,7 +324,7 @@ impl Encoder {
         }
         for i in indices(kinds.alone()) {
             let mut coded = [0; MAX_PAGE_LEN];
-            let len = encode_page(&pages[i], &mut coded);
+            let len = put_page(&pages[i], &mut coded);
             if to.len + len > limit {
                 return None;
             }

@@ -10,6 +10,6 @@ mod page;
 mod span;
 mod unpacked;
 
-pub use batch::{Decoder, Encoder, decode_batch, encode_batch, max_batch_len};
+pub use batch::{Decoder, Effort, Encoder, decode_batch, encode_batch, max_batch_len};
 pub use error::Error;
 pub use page::{MAX_PAGE_LEN, decode_page, encode_page};

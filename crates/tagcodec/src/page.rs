@@ -36,11 +36,16 @@ pub fn encode_page(page: &TagPage, out: &mut [u8; MAX_PAGE_LEN]) -> usize {
     let spans = (spans.count() <= MOST_SPANS)
         .then(|| in_spans(&spans, out))
         .flatten();
-    spans.or_else(|| periodic(page, out)).unwrap_or_else(|| {
-        out[0] = RAW;
-        out[1..].copy_from_slice(page.as_packed());
-        MAX_PAGE_LEN
-    })
+    spans
+        .or_else(|| periodic(page, out))
+        .unwrap_or_else(|| put_raw(page, out))
+}
+
+/// Writes the packed tags as they are.
+pub(crate) fn put_raw(page: &TagPage, out: &mut [u8; MAX_PAGE_LEN]) -> usize {
+    out[0] = RAW;
+    out[1..].copy_from_slice(page.as_packed());
+    MAX_PAGE_LEN
 }
 
 fn in_spans(spans: &Spans, out: &mut [u8; MAX_PAGE_LEN]) -> Option<usize> {

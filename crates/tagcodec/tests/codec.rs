@@ -4,7 +4,8 @@ use mte::{Tag, TagPage};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use tagcodec::{
-    Error, MAX_PAGE_LEN, decode_batch, decode_page, encode_batch, encode_page, max_batch_len,
+    Effort, Encoder, Error, MAX_PAGE_LEN, decode_batch, decode_page, encode_batch, encode_page,
+    max_batch_len,
 };
 
 /// A page of runs, some of them one granule of tag 0.
@@ -68,7 +69,27 @@ fn sample() -> Vec<TagPage> {
         .collect()
 }
 
+#[test]
+fn the_least_effort_still_makes_little_of_pages_with_one_tag() {
+    let mut pages = vec![TagPage::ZERO; 64];
+    pages[7] = sample()[3].clone();
+    let mut out = vec![0; max_batch_len(pages.len())];
+    let len = Encoder::new()
+        .batch_with(Effort::Least, &pages, &mut out)
+        .expect("there is room");
+    assert!(len < 160, "{len}");
+}
+
 proptest! {
+    #[test]
+    fn any_pages_that_were_coded_with_the_least_effort_come_back(pages in any_pages(70)) {
+        let mut out = vec![0; max_batch_len(pages.len())];
+        let len = Encoder::new().batch_with(Effort::Least, &pages, &mut out).expect("there is room");
+        let mut back = vec![TagPage::ZERO; pages.len()];
+        prop_assert_eq!(decode_batch(&out[..len], &mut back), Ok(len));
+        prop_assert_eq!(back, pages);
+    }
+
     #[test]
     fn any_page_comes_back_alone(page in any_page()) {
         let mut out = [0; MAX_PAGE_LEN];

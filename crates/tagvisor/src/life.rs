@@ -27,7 +27,7 @@ use vmm::layout::PAGE_SIZE;
 use vmm::machine::snapshot::{self, Progress, SavedMachine};
 use vmm::machine::{Ending, Error, Machine, MachineHandle};
 use vmm::memory::base::Base;
-use vmm::memory::lazy::{self, LazyFill, SnapshotPages};
+use vmm::memory::lazy::{self, Before, LazyFill, SnapshotPages, Threads};
 use vmm::memory::pages::GuestPages;
 use vmm::virtio::block::hold_temporary;
 use vmm::virtio::net::MacAddr;
@@ -898,7 +898,8 @@ fn start_fill(
     let fill = LazyFill::start(
         pages.memory().clone(),
         source,
-        lazy::Options::default(),
+        Before::Untouched,
+        Threads::DEFAULT,
         migration::on_event(life),
     )?;
     Ok(Arc::new(fill))

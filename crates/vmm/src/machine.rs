@@ -24,6 +24,7 @@ use crate::memory::GuestMemory;
 use crate::memory::base::Base;
 use crate::memory::pages::GuestPages;
 use crate::memory::tags::{TagStore, tag_store};
+use crate::memory::untagged::Untagged;
 use crate::terminal::Command;
 use crate::vcpu::{Throttler, VcpuEvent, VcpuThreads};
 use crate::virtio::block::{DiskError, Image};
@@ -327,7 +328,9 @@ where
     ) -> Result<Self, Error> {
         let mut machine = Self::build(hypervisor, config, Start::Restored, console)?;
         machine.load(state)?;
-        fill(&GuestPages::new(machine.memory.clone(), machine.tags()))?;
+        let memory = machine.memory.clone();
+        let untagged = Arc::new(Untagged::new(memory.size()));
+        fill(&GuestPages::of_new(memory, machine.tags(), untagged))?;
         Ok(machine)
     }
 

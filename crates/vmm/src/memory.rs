@@ -15,6 +15,7 @@ pub mod lazy;
 pub mod pages;
 mod populated;
 pub mod tags;
+pub mod untagged;
 
 use std::fs::File;
 use std::io;

@@ -86,10 +86,11 @@ impl Filling for Guest {
         let Some(peer) = &self.peer else {
             return Fill::Complete;
         };
-        let mut batch = Batch::new(peer.metadata());
+        let mut fetcher = peer.fetcher();
         for (run, group) in peer.runs() {
-            match peer.fetch(group, &mut batch) {
-                Ok(()) => assert!(run.into_iter().all(|page| batch.numbers().contains(&page))),
+            fetcher.expect(group..group.saturating_add(3));
+            match fetcher.fetch(group) {
+                Ok(batch) => assert!(run.into_iter().all(|page| batch.numbers().contains(&page))),
                 Err(error) => return Fill::Failed(error.to_string()),
             }
         }

@@ -356,13 +356,16 @@ impl Filling for Fetching {
 
 impl Fetched {
     fn bring(&self) {
-        let mut batch = Batch::new(Metadata::ArmMte);
+        let mut fetcher = self.peer.fetcher();
         loop {
-            let Some(group) = self.left.lock().unwrap().pop_front() else {
+            let mut left = self.left.lock().unwrap();
+            let Some(group) = left.pop_front() else {
                 break;
             };
-            match self.peer.fetch(group, &mut batch) {
-                Ok(()) => self.sink.place(&batch).unwrap(),
+            fetcher.expect([group].into_iter().chain(left.iter().copied().take(3)));
+            drop(left);
+            match fetcher.fetch(group) {
+                Ok(batch) => self.sink.place(batch).unwrap(),
                 Err(error) => {
                     // One of the two hears of it when the link may be mended already.
                     if group % 2 == 0 {

@@ -16,7 +16,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use ::migration::{Arriving, Departing, MachineError, Peer, SavedState};
+use ::migration::{Arriving, Departing, Fetcher, MOST_AHEAD, MachineError, Peer, SavedState};
 use engine::{Capabilities, Hypervisor, Vcpu, VcpuState};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -27,18 +27,13 @@ use super::snapshot::{ARCHITECTURE, CONFIG, MACHINE, PLATFORM, Platform, STATE_V
 use super::{Machine, MachineState, VcpuOf, VmOf};
 use crate::config::{MachineConfig, OverlayConfig};
 use crate::layout::{PAGE_SIZE, RAM_START};
-use crate::memory::lazy::{self, ChunkReader, Event, LazyFill, PageProvider};
+use crate::memory::lazy::{self, Before, ChunkReader, Event, LazyFill, PageProvider, Threads};
 use crate::memory::pages::GuestPages;
+use crate::memory::untagged::Untagged;
 use crate::vcpu::Throttler;
 
 const CPU: &str = "cpu";
 const LIFE: &str = "life";
-
-/// How pages are fetched while the guest runs: so many that it waits for, and so many that it does not, at once.
-const FETCHING: lazy::Options = lazy::Options {
-    replace: true,
-    ..lazy::Options::DEFAULT
-};
 
 /// Why a machine cannot leave, or come.
 #[derive(Debug, thiserror::Error)]
@@ -219,6 +214,8 @@ pub struct Coming<'a, H: Hypervisor, E> {
     build: &'a mut Build<'a, H>,
     on_event: E,
     machine: Option<(Machine<H>, Arc<GuestPages>)>,
+    /// What tags its memory got.
+    untagged: Arc<Untagged>,
     /// What of the guest's life came with it.
     life: Option<Life>,
     fill: Option<Arc<LazyFill>>,
@@ -248,6 +245,7 @@ where
             build,
             on_event,
             machine: None,
+            untagged: Arc::new(Untagged::new(0)),
             life: None,
             fill: None,
         }
@@ -276,7 +274,9 @@ where
         platform.check_counter(self.host)?;
         let machine = (self.build)(&parse(offer, CONFIG)?)?;
         machine.check_cpu(&guest)?;
-        let pages = GuestPages::new(machine.memory.clone(), machine.tags());
+        let memory = machine.memory.clone();
+        self.untagged = Arc::new(Untagged::new(memory.size()));
+        let pages = GuestPages::of_new(memory, machine.tags(), self.untagged.clone());
         let here = stream::PageSink::metadata(&pages);
         if here != sent {
             return Err(Error::Metadata { sent, here }.into());
@@ -315,8 +315,7 @@ where
 
     fn fetches(&self) -> Result<u8, MachineError> {
         lazy::support(self.sink().memory().plan())?;
-        let threads = FETCHING.fault_threads.get() + FETCHING.background_threads.get();
-        Ok(threads as u8)
+        Ok(Threads::DEFAULT.all() as u8)
     }
 
     fn load(
@@ -327,6 +326,7 @@ where
         let state: MachineState = parse(states, MACHINE)?;
         let life: Life = parse(states, LIFE)?;
         let on_event = self.on_event.clone();
+        let before = Before::Placed(self.untagged.clone());
         let (machine, _) = self.there()?;
         machine.load(&state)?;
         machine.claim_disks()?;
@@ -335,7 +335,8 @@ where
             Some(peer) => Some(Arc::new(LazyFill::start(
                 memory,
                 PeerPages(peer),
-                FETCHING,
+                before,
+                Threads::DEFAULT,
                 on_event,
             )?)),
             None => None,
@@ -360,27 +361,24 @@ impl PageProvider for PeerPages {
     }
 
     fn reader(&self) -> PeerGroups<'_> {
-        PeerGroups {
-            peer: &self.0,
-            batch: Batch::new(self.0.metadata()),
-        }
+        PeerGroups(self.0.fetcher())
     }
 }
 
 /// Fetches groups of pages from a peer.
-struct PeerGroups<'a> {
-    peer: &'a Peer,
-    batch: Batch,
-}
+struct PeerGroups<'a>(Fetcher<'a>);
 
 impl ChunkReader for PeerGroups<'_> {
+    const AHEAD: usize = MOST_AHEAD;
+
     fn read(&mut self, chunk: u32) -> stream::Result<&Batch> {
-        self.peer
-            .fetch(chunk, &mut self.batch)
-            .map_err(|error| stream::Error::Io {
-                action: "fetch pages from the source of the migration",
-                source: std::io::Error::other(error),
-            })?;
-        Ok(&self.batch)
+        self.0.fetch(chunk).map_err(|error| stream::Error::Io {
+            action: "fetch pages from the source of the migration",
+            source: std::io::Error::other(error),
+        })
+    }
+
+    fn expect(&mut self, chunks: impl Iterator<Item = u32>) {
+        self.0.expect(chunks);
     }
 }

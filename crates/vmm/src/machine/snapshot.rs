@@ -46,6 +46,7 @@ use crate::memory::pages::GuestPages;
 #[cfg(target_arch = "aarch64")]
 use crate::memory::tags::AliasTags;
 use crate::memory::tags::TagStore;
+use crate::memory::untagged::Untagged;
 use crate::memory::{GuestMemory, MemoryPlan};
 
 /// The version of the states' formats.
@@ -410,7 +411,8 @@ pub fn base_of<F: ReadAt>(
     let memory = Arc::new(memory);
     let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let tags = mte.then(|| base_tags(&memory)).transpose()?;
-    let pages = GuestPages::new(memory.clone(), tags);
+    let untagged = Arc::new(Untagged::new(memory.size()));
+    let pages = GuestPages::of_new(memory.clone(), tags, untagged);
     stream::restore(snapshot, &pages, threads)?;
     drop(pages);
     let memory = Arc::into_inner(memory).expect("what shared it was dropped");

@@ -45,6 +45,7 @@ use stream::Metadata;
 
 use super::populated::Populated;
 use super::tags::{self, TagStore};
+use super::untagged::Untagged;
 use super::{GuestMemory, HUGE_PAGE_SIZE, MemoryPlan, TagMethod, host_page_size};
 use crate::layout::{PAGE_SIZE, RAM_START};
 use filling::{Filling, Plan};
@@ -253,32 +254,36 @@ pub struct Progress {
     pub faults: FaultTimes,
 }
 
-/// How it is gone about.
+/// Who brings pages.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
+pub struct Threads {
     /// Threads that bring only what somebody waits for. With one for each vCPU and device, nobody waits for a chunk
     /// that another one needs.
-    pub fault_threads: NonZeroUsize,
+    pub faults: NonZeroUsize,
     /// Threads that bring all the rest, if nobody waits.
-    pub background_threads: NonZeroUsize,
-    /// The memory holds older contents: what the source has replaces them, and all others stay. So post-copy goes on
-    /// where pre-copy ended. Otherwise the memory must be untouched.
-    pub replace: bool,
+    pub background: NonZeroUsize,
 }
 
-impl Options {
-    /// Four threads for faults, one for the rest, into memory that nobody has touched.
+impl Threads {
+    /// Four for faults, one for the rest.
     pub const DEFAULT: Self = Self {
-        fault_threads: NonZeroUsize::MIN.saturating_add(3),
-        background_threads: NonZeroUsize::MIN,
-        replace: false,
+        faults: NonZeroUsize::MIN.saturating_add(3),
+        background: NonZeroUsize::MIN,
     };
+
+    /// How many these are.
+    pub const fn all(self) -> usize {
+        self.faults.get() + self.background.get()
+    }
 }
 
-impl Default for Options {
-    fn default() -> Self {
-        Self::DEFAULT
-    }
+/// What a memory has before it is filled.
+pub enum Before {
+    /// Nothing: nobody has touched it.
+    Untouched,
+    /// Older contents, and these tags: what the source has replaces them, and all others stay. So post-copy goes on where pre-copy
+    /// ended.
+    Placed(Arc<Untagged>),
 }
 
 /// A memory that is being filled.
@@ -304,28 +309,34 @@ impl LazyFill {
     pub fn start<S: PageProvider>(
         memory: Arc<GuestMemory>,
         source: S,
-        options: Options,
+        before: Before,
+        threads: Threads,
         on_event: impl Fn(Event) + Send + Sync + 'static,
     ) -> Result<Self, Error> {
         let tags = match source.metadata().has_tags() {
             true => Some(tags_by_alias(&memory)?),
             false => None,
         };
-        Self::start_with(memory, tags, source, options, Box::new(on_event))
+        Self::start_with(memory, tags, source, before, threads, Box::new(on_event))
     }
 
     fn start_with<S: PageProvider>(
         memory: Arc<GuestMemory>,
         tags: Option<Box<dyn TagStore>>,
         source: S,
-        options: Options,
+        before: Before,
+        threads: Threads,
         on_event: Box<dyn Fn(Event) + Send + Sync>,
     ) -> Result<Self, Error> {
         check_metadata(&memory, &source)?;
         let file = file_of(&memory)?;
-        if !options.replace {
-            check_untouched(&memory)?;
-        }
+        let untagged = match before {
+            Before::Untouched => {
+                check_untouched(&memory)?;
+                Arc::new(Untagged::new(memory.size()))
+            }
+            Before::Placed(untagged) => untagged,
+        };
         let plan = plan(&source, memory.size())?;
         let userfault = Userfault::new()?;
         for range in &plan.ranges {
@@ -339,6 +350,7 @@ impl LazyFill {
             memory,
             file,
             tags,
+            untagged,
             userfault,
             plan,
             on_event,
@@ -349,7 +361,7 @@ impl LazyFill {
             fault_times: Latencies::new(),
         });
         let this = Self { filling };
-        match this.start_threads(source, options) {
+        match this.start_threads(source, threads) {
             Ok(()) => Ok(this),
             Err(error) => {
                 this.abandon();
@@ -358,7 +370,7 @@ impl LazyFill {
         }
     }
 
-    fn start_threads<S: PageProvider>(&self, source: S, options: Options) -> Result<(), Error> {
+    fn start_threads<S: PageProvider>(&self, source: S, threads: Threads) -> Result<(), Error> {
         self.filling.end_if_complete();
         if self.is_complete() {
             return Ok(());
@@ -366,8 +378,8 @@ impl LazyFill {
         let filling = self.filling.clone();
         spawn("lazy-faults", move || filling.answer_faults())?;
         let source = Arc::new(source);
-        let fault = [false].repeat(options.fault_threads.get());
-        let background = [true].repeat(options.background_threads.get());
+        let fault = [false].repeat(threads.faults.get());
+        let background = [true].repeat(threads.background.get());
         for background in [fault, background].concat() {
             let (filling, source) = (self.filling.clone(), source.clone());
             spawn("lazy-fill", move || filling.fill(&*source, background))?;

@@ -13,18 +13,38 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::GuestMemory;
 use super::tags::TagStore;
+use super::untagged::Untagged;
 use crate::layout::{PAGE_SIZE, RAM_START};
 
 /// The pages of guest memory. A page's number is its guest-physical address divided by 4096.
 pub struct GuestPages {
     memory: Arc<GuestMemory>,
     tags: Option<Box<dyn TagStore>>,
+    /// Of a memory that was just made.
+    untagged: Option<Arc<Untagged>>,
 }
 
 impl GuestPages {
     /// The pages of `memory`, with `tags` if its guest has MTE.
     pub fn new(memory: Arc<GuestMemory>, tags: Option<Box<dyn TagStore>>) -> Self {
-        Self { memory, tags }
+        Self {
+            memory,
+            tags,
+            untagged: None,
+        }
+    }
+
+    /// The same of a memory that was just made: only pages are placed in it, and its guest does not run before all is there.
+    /// `untagged` notes what tags they got.
+    pub fn of_new(
+        memory: Arc<GuestMemory>,
+        tags: Option<Box<dyn TagStore>>,
+        untagged: Arc<Untagged>,
+    ) -> Self {
+        Self {
+            untagged: Some(untagged),
+            ..Self::new(memory, tags)
+        }
     }
 
     /// The memory.
@@ -118,7 +138,11 @@ impl PageSink for GuestPages {
             ram.write_slice(run.data.as_flattened(), at)
                 .map_err(io::Error::other)?;
             if let Some(store) = &self.tags {
-                store.write(at.0, run.tags).map_err(io::Error::other)?;
+                match &self.untagged {
+                    Some(untagged) => untagged.write(&**store, at.0, run.tags),
+                    None => store.write(at.0, run.tags),
+                }
+                .map_err(io::Error::other)?;
             }
         }
         Ok(())

@@ -22,6 +22,7 @@ use super::{Event, Failure};
 use crate::layout::{PAGE_SIZE, RAM_START};
 use crate::memory::GuestMemory;
 use crate::memory::tags::TagStore;
+use crate::memory::untagged::Untagged;
 
 /// How long the reading of faults rests after the host refused it.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -49,6 +50,8 @@ pub(super) struct Filling {
     pub memory: Arc<GuestMemory>,
     pub file: File,
     pub tags: Option<Box<dyn TagStore>>,
+    /// What need not be written of them.
+    pub untagged: Arc<Untagged>,
     /// Closed with this value, which the thread that reads faults holds until all is over: nobody finds zeros
     /// where pages are missing.
     pub userfault: Userfault,
@@ -164,6 +167,9 @@ impl Filling {
     pub(super) fn fill(&self, source: &impl PageProvider, background: bool) {
         let mut reader = source.reader();
         while let Some(work) = self.next(background) {
+            if background {
+                self.look_ahead(&mut reader, work);
+            }
             match self.work(&mut reader, work) {
                 Ok(chunk) => self.placed(chunk),
                 Err((work, failure)) => {
@@ -171,6 +177,16 @@ impl Filling {
                     self.report(failure);
                 }
             }
+        }
+    }
+
+    fn look_ahead<R: ChunkReader>(&self, reader: &mut R, work: Work) {
+        if R::AHEAD == 0 {
+            return;
+        }
+        if let Work::Bring(chunk) = work {
+            let ahead: Vec<u32> = self.lock().ahead().take(R::AHEAD - 1).collect();
+            reader.expect([chunk].into_iter().chain(ahead));
         }
     }
 
@@ -241,7 +257,7 @@ impl Filling {
                 source,
             })?;
         if let Some(tags) = &self.tags {
-            tags.write(ipa, run.tags)?;
+            self.untagged.write(&**tags, ipa, run.tags)?;
         }
         Ok(())
     }

@@ -26,6 +26,14 @@ pub trait PageProvider: Send + Sync + 'static {
 
 /// Brings chunks, one at a time. Threads have one each, so that nobody waits for another's chunk.
 pub trait ChunkReader {
+    /// How many chunks, at most, it wants to know before they are read.
+    const AHEAD: usize = 0;
+
+    /// Which chunks are to be read next, most likely. They are told before each is read.
+    fn expect(&mut self, chunks: impl Iterator<Item = u32>) {
+        let _ = chunks;
+    }
+
     /// All pages of a chunk. It may take as long as it takes; an error is final until somebody asks for
     /// another try.
     ///

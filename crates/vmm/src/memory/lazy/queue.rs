@@ -130,6 +130,13 @@ impl Queue {
         None
     }
 
+    /// What the background is to bring next, if nobody waits for anything else.
+    pub(super) fn ahead(&self) -> impl Iterator<Item = u32> {
+        let rest = (self.next as u32..).zip(&self.chunks[self.next..]);
+        rest.filter(|(_, chunk)| **chunk == Chunk::Absent)
+            .map(|(number, _)| number)
+    }
+
     fn start(&mut self, chunk: u32) -> Option<Work> {
         let state = &mut self.chunks[chunk as usize];
         let work = match state {

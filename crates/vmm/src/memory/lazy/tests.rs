@@ -123,9 +123,15 @@ static TAGS: TagPage = TagPage::filled(Tag::from_low_bits(5));
 
 fn start(memory: &Arc<GuestMemory>, source: Source) -> (LazyFill, mpsc::Receiver<Event>) {
     let (send, events) = mpsc::channel();
-    let fill = LazyFill::start(memory.clone(), source, Options::default(), move |event| {
-        let _ = send.send(event);
-    });
+    let fill = LazyFill::start(
+        memory.clone(),
+        source,
+        Before::Untouched,
+        Threads::DEFAULT,
+        move |event| {
+            let _ = send.send(event);
+        },
+    );
     (fill.unwrap(), events)
 }
 
@@ -436,8 +442,14 @@ fn a_chunk_with_other_pages_than_its_own_is_not_placed() {
         let Some(memory) = memory(2048) else { return };
         let mut truth = source(&[], |_| Ok(()));
         truth.runs = vec![(given, 0), (64..128, 1)];
-        let fill =
-            LazyFill::start(memory.clone(), Liar(truth), Options::default(), |_| {}).unwrap();
+        let fill = LazyFill::start(
+            memory.clone(),
+            Liar(truth),
+            Before::Untouched,
+            Threads::DEFAULT,
+            |_| {},
+        )
+        .unwrap();
 
         let failure = fill.wait().unwrap_err();
         assert!(matches!(*failure, Failure::OtherPages { chunk: 0 }));
@@ -625,7 +637,8 @@ fn a_page_is_not_seen_before_its_tags_are_written() {
         memory.clone(),
         Some(Box::new(tags.clone())),
         source,
-        Options::default(),
+        Before::Untouched,
+        Threads::DEFAULT,
         Box::new(|_| {}),
     )
     .unwrap();
@@ -666,7 +679,14 @@ fn a_snapshot_whose_file_was_deleted_is_restored() {
     let snapshot = Snapshot::open_whole(file.reopen().unwrap()).unwrap();
     file.close().unwrap();
     let pages = SnapshotPages::new(snapshot);
-    let fill = LazyFill::start(memory.clone(), pages, Options::default(), |_| {}).unwrap();
+    let fill = LazyFill::start(
+        memory.clone(),
+        pages,
+        Before::Untouched,
+        Threads::DEFAULT,
+        |_| {},
+    )
+    .unwrap();
     assert!(read(&memory, 900) == content(900));
     fill.wait().unwrap();
     assert!((0..1024).all(|page| read(&memory, page) == content(page)));
@@ -685,7 +705,14 @@ fn of_a_snapshot_that_is_damaged_meanwhile_nothing_wrong_is_placed() {
     file.write_all(&damaged).unwrap();
 
     let pages = SnapshotPages::new(snapshot);
-    let fill = LazyFill::start(memory.clone(), pages, Options::default(), |_| {}).unwrap();
+    let fill = LazyFill::start(
+        memory.clone(),
+        pages,
+        Before::Untouched,
+        Threads::DEFAULT,
+        |_| {},
+    )
+    .unwrap();
     let failure = fill.wait().unwrap_err();
     assert!(failure.to_string().contains("damaged"), "{failure}");
 
@@ -706,7 +733,14 @@ fn of_a_snapshot_that_is_cut_off_meanwhile_the_rest_is_waited_for() {
         .unwrap();
 
     let pages = SnapshotPages::new(snapshot);
-    let fill = LazyFill::start(memory.clone(), pages, Options::default(), |_| {}).unwrap();
+    let fill = LazyFill::start(
+        memory.clone(),
+        pages,
+        Before::Untouched,
+        Threads::DEFAULT,
+        |_| {},
+    )
+    .unwrap();
     let failure = fill.wait().unwrap_err();
     assert!(failure.to_string().contains("cut off"), "{failure}");
     assert!(touch(&memory, 1023).recv_timeout(SHORT).is_err());
@@ -714,9 +748,15 @@ fn of_a_snapshot_that_is_cut_off_meanwhile_the_rest_is_waited_for() {
 }
 
 fn refused(memory: &Arc<GuestMemory>, source: Source) -> Error {
-    LazyFill::start(memory.clone(), source, Options::default(), |_| {})
-        .err()
-        .unwrap()
+    LazyFill::start(
+        memory.clone(),
+        source,
+        Before::Untouched,
+        Threads::DEFAULT,
+        |_| {},
+    )
+    .err()
+    .unwrap()
 }
 
 #[test]
@@ -735,13 +775,10 @@ fn older_contents_are_replaced_where_the_source_has_newer_ones() {
         let old = GuestAddress(address(page).0 + 8);
         memory.ram().write_obj(page, old).unwrap();
     }
-    let options = Options {
-        replace: true,
-        ..Options::default()
-    };
+    let before = Before::Placed(Arc::new(Untagged::new(memory.size())));
     let runs: Vec<_> = (0..1024).step_by(4).map(|at| at..at + 1).collect();
     let source = source(&runs, |_| Ok(()));
-    let fill = LazyFill::start(memory.clone(), source, options, |_| {}).unwrap();
+    let fill = LazyFill::start(memory.clone(), source, before, Threads::DEFAULT, |_| {}).unwrap();
 
     for page in shuffled(PAGES, 3) {
         let replaced = page < 1024 && page % 4 == 0;
