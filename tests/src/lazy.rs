@@ -17,7 +17,7 @@ use stream::{
 use vm_memory::{Bytes, GuestAddress};
 use vmm::layout::{PAGE_SIZE, RAM_START};
 use vmm::machine::{Ending, Machine};
-use vmm::memory::lazy::{Event, LazyFill, Options, Progress, SnapshotPages};
+use vmm::memory::lazy::{Before, Event, LazyFill, Progress, SnapshotPages, Threads};
 use vmm::memory::tags::{AliasTags, TagStore};
 use vmm::memory::{GuestMemory, MemoryPlan, TagAccess};
 
@@ -132,7 +132,13 @@ fn right_at_the_first_touch() -> Result<()> {
         broken: Arc::default(),
     };
     let source = SnapshotPages::new(Snapshot::open_whole(file)?);
-    let fill = LazyFill::start(memory.clone(), source, Options::default(), |_| {})?;
+    let fill = LazyFill::start(
+        memory.clone(),
+        source,
+        Before::Untouched,
+        Threads::DEFAULT,
+        |_| {},
+    )?;
     let tags = AliasTags::new(memory.clone()).ok_or("the memory has no tag mapping")?;
 
     thread::scope(|scope| {
@@ -211,7 +217,13 @@ fn move_lazily(
     let mut fill = None;
     let mut machine = Machine::restored(&hypervisor, &config, &state, &mut console, |pages| {
         let memory = pages.memory().clone();
-        fill = Some(LazyFill::start(memory, source, Options::default(), told)?);
+        fill = Some(LazyFill::start(
+            memory,
+            source,
+            Before::Untouched,
+            Threads::DEFAULT,
+            told,
+        )?);
         Ok(())
     })?;
     let fill = fill.ok_or("the machine was not given its memory")?;

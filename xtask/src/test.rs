@@ -9,7 +9,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result};
 use clap::Args;
@@ -38,9 +38,20 @@ pub struct Arguments {
     /// Only the tests that run in the lab's host
     #[arg(long)]
     lab: bool,
+    /// Only the test that breaks migrations in the lab, and so many times
+    #[arg(long, value_name = "N", conflicts_with_all = ["native", "filter"])]
+    faults: Option<u32>,
+    /// At instants that follow from this
+    #[arg(long, value_name = "S", requires = "faults")]
+    seed: Option<u16>,
     /// Only tests whose name contains this
     filter: Option<String>,
 }
+
+/// The test that breaks migrations.
+const FAULTS: &str = "migration-faults";
+/// What one of them takes at most, on a machine that is not busy.
+const A_FAULT: Duration = Duration::from_secs(60);
 
 /// How many tests ended how.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -70,18 +81,22 @@ impl std::fmt::Display for Tally {
 
 /// Runs the tests; the status is 1 if any failed.
 pub fn run(arguments: &Arguments) -> Result<u8> {
-    let filter = arguments.filter.as_deref();
+    let filter = match arguments.faults {
+        Some(_) => Some(FAULTS),
+        None => arguments.filter.as_deref(),
+    };
+    let only_lab = arguments.lab || arguments.faults.is_some();
     let mut parts = Vec::new();
-    if !arguments.lab {
+    if !only_lab {
         parts.push(("native", native(filter)?));
     }
     if !arguments.native {
         match Lab::open(true) {
             Ok(lab) => {
-                if !arguments.lab {
+                if !only_lab {
                     parts.push(("aarch64", single_programs(&lab, filter)?));
                 }
-                parts.push(("lab", in_host(&lab, filter)?));
+                parts.push(("lab", in_host(&lab, filter, arguments)?));
             }
             Err(error) => {
                 interrupt::check()?;
@@ -237,7 +252,7 @@ fn summary(line: &str) -> Tally {
     }
 }
 
-fn in_host(lab: &Lab, filter: Option<&str>) -> Result<Part> {
+fn in_host(lab: &Lab, filter: Option<&str>, arguments: &Arguments) -> Result<Part> {
     let started = Instant::now();
     let mut scripts = script::in_folder(&lab.workspace.workspace_root.join("tests/lab"))?;
     if let Some(filter) = filter {
@@ -245,11 +260,23 @@ fn in_host(lab: &Lab, filter: Option<&str>) -> Result<Part> {
     }
     // Those that share a host first, so that it boots once.
     scripts.sort_by_key(|script| !script.wants.can_share());
+    let mut variables = String::new();
+    if let Some(faults) = arguments.faults {
+        variables = format!("export FAULTS={faults}\n");
+        for script in &mut scripts {
+            script.wants.limit = A_FAULT * (faults + 1);
+        }
+    }
+    if let Some(seed) = arguments.seed {
+        variables += &format!("export SEED={seed}\n");
+    }
     let mut tally = Tally::default();
     let mut session = Session {
         lab,
         host: None,
         output: Output::default(),
+        variables,
+        tells: arguments.faults.is_some(),
     };
     for script in &scripts {
         tally.add(session.test(script)?);
@@ -262,6 +289,10 @@ struct Session<'a> {
     lab: &'a Lab,
     host: Option<Host>,
     output: Output,
+    /// What scripts find in their environment.
+    variables: String,
+    /// Whether their output is shown also if they pass.
+    tells: bool,
 }
 
 impl Session<'_> {
@@ -273,6 +304,9 @@ impl Session<'_> {
         let text = self.output.take();
         let (word, reason, tally) = verdict(&result, script, &text);
         println!("{word} {seconds:7.1} s  {}{reason}", script.name);
+        if tally.failed == 0 && self.tells {
+            print_block(&format!("output of {}", script.name), &text);
+        }
         if tally.failed > 0 {
             self.show_evidence(script, &text, result.as_ref().err());
         }
@@ -291,8 +325,10 @@ impl Session<'_> {
         }
         let host = self.host.as_mut().context("there is no host")?;
         std::fs::create_dir_all(host.jobs_folder().join(&script.name))?;
-        host.machine
-            .run(&job(&script.name), Some(script.wants.limit))
+        host.machine.run(
+            &(self.variables.clone() + &job(&script.name)),
+            Some(script.wants.limit),
+        )
     }
 
     fn boot(&self, choice: &Choice) -> Result<Host> {

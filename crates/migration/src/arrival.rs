@@ -1,7 +1,7 @@
 //! The destination: receives a guest, and holds it until it is known who runs it.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender, TrySendError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -208,8 +208,20 @@ impl Receiver {
             hello.tagvisor
         );
         let metadata = greeted.metadata();
-        let mut control = greeted.welcome()?;
-        let offer = read_offer(&mut control)?;
+        let deadline = Deadline::new(greeted.closer(), self.patience)?;
+        let offer = greeted
+            .welcome()
+            .and_then(|mut control| Ok((read_offer(&mut control)?, control)));
+        let (offer, mut control) = match offer {
+            Err(_) if deadline.has_passed() => {
+                return Err(Error::Awaited {
+                    what: "the whole of its offer",
+                    waited: self.patience,
+                });
+            }
+            offer => offer?,
+        };
+        drop(deadline);
         match guest.accept(&offer, metadata) {
             Ok(()) => Ok((control, pages, hello.session)),
             Err(reason) => {
@@ -373,6 +385,42 @@ impl States {
             );
         }
         Ok(())
+    }
+}
+
+/// Ends a link if something takes too long, however busy the link is: who says a byte now and then keeps others out.
+struct Deadline {
+    has_passed: Arc<AtomicBool>,
+    /// Dropped when it is done.
+    _in_time: mpsc::Sender<()>,
+}
+
+impl Deadline {
+    fn new(close: Closer, after: Duration) -> Result<Self> {
+        let has_passed = Arc::<AtomicBool>::default();
+        let (in_time, done) = mpsc::channel::<()>();
+        let passed = has_passed.clone();
+        let watch = move || {
+            if done.recv_timeout(after) == Err(RecvTimeoutError::Timeout) {
+                passed.store(true, Ordering::Relaxed);
+                close();
+            }
+        };
+        // A fuzzer's links say at once all that they will.
+        if !cfg!(fuzzing) {
+            thread::Builder::new()
+                .name("migration-deadline".into())
+                .spawn(watch)
+                .map_err(Error::Thread)?;
+        }
+        Ok(Self {
+            has_passed,
+            _in_time: in_time,
+        })
+    }
+
+    fn has_passed(&self) -> bool {
+        self.has_passed.load(Ordering::Relaxed)
     }
 }
 

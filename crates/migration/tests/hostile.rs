@@ -2,16 +2,19 @@
 
 use std::io::{self, Cursor, Read, Write};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 #[expect(dead_code, reason = "one side is enough here")]
 mod double;
 
-use double::Leaver;
-use migration::{Closer, Departure, Dial, Options, Progress, Wire, depart};
-use stream::{Chunk, Compression, Encoder, Header, Metadata, StreamWriter};
+use double::{Comer, Leaver, Network};
+use migration::{Closer, Departure, Dial, Options, Progress, Receiver, Verdict, Wire, depart};
+use stream::{Chunk, Compression, Encoder, Header, Metadata, State, StreamWriter};
 
+const LONG: Duration = Duration::from_secs(20);
 const WELCOME: &[u8] = br#"{"word":"welcome"}"#;
+const HELLO: &[u8] = br#"{"word":"hello","protocol":1,"tagvisor":"1","session":"00000000000000000000000000000001","purpose":{"migrate":{"pages":1}}}"#;
 
 /// A stream of the chunks that `make` makes after a welcome.
 fn answers(make: impl FnOnce(&mut Encoder, &mut Chunk)) -> Vec<u8> {
@@ -46,6 +49,93 @@ fn a_destination_that_wants_more_links_than_may_be_is_refused() {
     }));
 
     assert!(reason.contains("too many links"), "{reason}");
+}
+
+/// The links of a source that begins an offer, and never ends it.
+fn beginning_of_an_offer() -> Vec<u8> {
+    let header = Header::of_connection(Metadata::ArmMte).unwrap();
+    let mut encoder = Encoder::new(&header, Compression::None).unwrap();
+    let mut bytes = Vec::new();
+    let mut writer = StreamWriter::new(&mut bytes, header).unwrap();
+    let mut chunk = Chunk::new();
+    encoder.message(0, HELLO, &mut chunk).unwrap();
+    writer.write(&chunk).unwrap();
+    let state = State {
+        name: "machine",
+        version: 1,
+        data: vec![7; 1 << 16].into(),
+    };
+    encoder.state(&state, &mut chunk).unwrap();
+    writer.write(&chunk).unwrap();
+    bytes
+}
+
+#[test]
+fn a_source_that_dribbles_its_offer_is_given_up_and_the_next_one_is_taken() {
+    let patience = Duration::from_millis(500);
+    let (network, door) = Network::new();
+    let line = double::Line(network);
+    let arriving = thread::spawn(move || receive(door, patience));
+
+    let mut wire = line.dial().unwrap();
+    let bytes = beginning_of_an_offer();
+    let (most, rest) = bytes.split_at(bytes.len() - 60_000);
+    wire.write_all(most).unwrap();
+    let begun = Instant::now();
+    let dribbled = rest
+        .iter()
+        .take_while(|byte| {
+            thread::sleep(Duration::from_millis(10));
+            wire.write_all(&[**byte]).is_ok()
+        })
+        .count();
+    let held = begun.elapsed();
+    assert!(
+        held > patience / 2 && held < 20 * patience,
+        "{dribbled} bytes were taken in {held:?}"
+    );
+
+    let mut guest = Leaver::new(0);
+    let departure = depart(&mut guest, &line, &Options::default(), &Progress::default());
+    assert!(matches!(departure, Departure::Gone(_)), "{departure:?}");
+    arriving.join().unwrap();
+}
+
+#[test]
+fn a_thousand_who_say_nothing_are_sent_away_but_for_a_few_and_a_guest_can_come() {
+    let (network, door) = Network::new();
+    let line = double::Line(network);
+    let arriving = thread::spawn(move || receive(door, Duration::from_secs(5)));
+
+    let mut silent: Vec<_> = (0..1000).map(|_| line.dial().unwrap()).collect();
+    let begun = Instant::now();
+    let is_open = |wire: &mut Box<dyn Wire>| {
+        wire.set_patience(Duration::ZERO).unwrap();
+        wire.read(&mut [0]).is_err()
+    };
+    while silent.len() > 32 {
+        assert!(begun.elapsed() < LONG, "{} are held", silent.len());
+        silent.retain_mut(is_open);
+    }
+    drop(silent);
+
+    let mut guest = Leaver::new(0);
+    let departed = (0..100).any(|_| {
+        thread::sleep(Duration::from_millis(10));
+        let departure = depart(&mut guest, &line, &Options::default(), &Progress::default());
+        matches!(departure, Departure::Gone(_))
+    });
+    assert!(departed);
+    arriving.join().unwrap();
+}
+
+/// Receives a guest.
+fn receive(door: double::Door, patience: Duration) {
+    let receiver = Receiver::new(door, patience).unwrap();
+    let mut comer = Comer::new(u64::MAX);
+    let mut held = receiver.receive(&mut comer, &Progress::default()).unwrap();
+    assert!(matches!(held.wait(), Verdict::Run));
+    held.attend(None, |_| {});
 }
 
 /// One link, over which all has come that will.

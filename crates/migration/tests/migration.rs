@@ -359,17 +359,19 @@ struct Broken {
     departure: Departure,
 }
 
-fn broken(post_copy: PostCopy, message: usize, last: Last) -> Broken {
+/// `patience` is that of the source.
+fn broken(post_copy: PostCopy, message: usize, last: Last, patience: Duration) -> Broken {
     let (network, door) = Network::new();
     network.break_at(message, last);
     let mut guest = Leaver::new(1);
     let there = destination(door, Comer::new(u64::MAX));
-    let departure = depart(
-        &mut guest,
-        &Line(network.clone()),
-        &options(post_copy),
-        &Progress::default(),
-    );
+    let options = Options {
+        patience,
+        handover_patience: patience,
+        ..options(post_copy)
+    };
+    let line = Line(network.clone());
+    let departure = depart(&mut guest, &line, &options, &Progress::default());
     Broken {
         network,
         guest,
@@ -404,7 +406,7 @@ fn settled(there: &There) -> Option<Destination> {
 /// Breaks a migration at each message in turn, until one is not broken any more.
 fn break_each(post_copy: PostCopy, last: Last, check: impl Fn(Broken)) -> usize {
     for message in 0.. {
-        let broken = broken(post_copy, message, last);
+        let broken = broken(post_copy, message, last, LONG);
         if !broken.network.is_broken() {
             return message;
         }
@@ -481,6 +483,57 @@ fn a_link_that_breaks_at_any_message_of_post_copy_costs_nothing_and_can_be_mende
     for last in [Last::Arrives, Last::IsLost] {
         let messages = break_each(PostCopy::Now, last, goes_on_after_mending);
         assert!(messages > 100, "only {messages} messages were tried");
+    }
+}
+
+#[test]
+fn a_link_that_stalls_at_any_message_costs_nothing_and_can_be_mended() {
+    let stall = |post_copy, message| {
+        let broken = broken(post_copy, message, Last::Stalls, PATIENCE);
+        let stalled = broken.network.is_broken();
+        if stalled {
+            goes_on_after_mending(broken);
+        }
+        stalled
+    };
+    // They wait most of the time, and can do that side by side.
+    let stalled = thread::scope(|scope| {
+        let ways = [PostCopy::Never, PostCopy::Now];
+        let all: Vec<_> = ways
+            .into_iter()
+            .flat_map(|way| (0..120).step_by(4).map(move |message| (way, message)))
+            .map(|(way, message)| scope.spawn(move || stall(way, message)))
+            .collect();
+        all.into_iter()
+            .map(|each| each.join().unwrap())
+            .filter(|stalled| *stalled)
+            .count()
+    });
+    assert!(stalled > 30, "only {stalled} migrations stalled");
+}
+
+#[test]
+fn a_guest_arrives_over_links_that_are_slow_and_overtake_each_other() {
+    for post_copy in [PostCopy::Never, PostCopy::Now] {
+        let (network, door) = Network::new();
+        network.crumbles.store(true, SeqCst);
+        let mut guest = Leaver::new(3);
+        let mut there = destination(door, Comer::new(u64::MAX));
+        let options = Options {
+            connections: NonZeroU8::new(4).unwrap(),
+            max_downtime: Duration::from_secs(5),
+            ..options(post_copy)
+        };
+
+        went(depart(
+            &mut guest,
+            &Line(network),
+            &options,
+            &Progress::default(),
+        ));
+        there.join();
+
+        assert!(same(&guest.memory, &there.memory));
     }
 }
 

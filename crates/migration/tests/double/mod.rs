@@ -389,6 +389,8 @@ impl Fetched {
 pub enum Last {
     Arrives,
     IsLost,
+    /// It is lost, and all after it, and nobody is told.
+    Stalls,
 }
 
 /// A network that breaks, all of it, at a message.
@@ -398,6 +400,10 @@ pub struct Network {
     pub messages: AtomicUsize,
     break_at: Mutex<Option<(usize, Last)>>,
     broken: AtomicBool,
+    stalled: AtomicBool,
+    /// Reads bring few bytes, late, each connection at a pace of its own.
+    pub crumbles: AtomicBool,
+    dialled: AtomicUsize,
     /// How often it broke: connections from before are dead.
     breaks: AtomicUsize,
     change: Mutex<u64>,
@@ -412,6 +418,9 @@ impl Network {
             messages: AtomicUsize::new(0),
             break_at: Mutex::new(None),
             broken: AtomicBool::new(false),
+            stalled: AtomicBool::new(false),
+            crumbles: AtomicBool::new(false),
+            dialled: AtomicUsize::new(0),
             breaks: AtomicUsize::new(0),
             change: Mutex::new(0),
             changed: Condvar::new(),
@@ -424,12 +433,15 @@ impl Network {
     }
 
     pub fn is_broken(&self) -> bool {
-        self.broken.load(SeqCst)
+        self.broken.load(SeqCst) || self.stalled.load(SeqCst)
     }
 
     /// New connections work; those from before stay broken.
     pub fn mend(&self) {
         *self.break_at.lock().unwrap() = None;
+        if self.stalled.swap(false, SeqCst) {
+            self.breaks.fetch_add(1, SeqCst);
+        }
         self.broken.store(false, SeqCst);
     }
 
@@ -454,11 +466,14 @@ impl Network {
             Some((at, last)) if number == at => Some(last),
             _ => None,
         };
-        if breaks != Some(Last::IsLost) {
-            arrive();
-        }
-        if breaks.is_some() {
-            self.cut();
+        match breaks {
+            None => arrive(),
+            Some(Last::Arrives) => {
+                arrive();
+                self.cut();
+            }
+            Some(Last::IsLost) => self.cut(),
+            Some(Last::Stalls) => self.stalled.store(true, SeqCst),
         }
     }
 }
@@ -474,9 +489,27 @@ struct PipeEnd {
     /// The network's breaks when it was dialled.
     breaks: usize,
     patience: Duration,
+    /// What its next bytes depend on, if the network crumbles.
+    pace: u64,
 }
 
 impl PipeEnd {
+    /// How many bytes come at once.
+    fn most(&mut self) -> usize {
+        if !self.network.crumbles.load(SeqCst) {
+            return usize::MAX;
+        }
+        self.pace = self
+            .pace
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let random = (self.pace >> 33) as usize;
+        if random.is_multiple_of(16) {
+            thread::sleep(Duration::from_micros(random as u64 % 2000));
+        }
+        1 + random % 5000
+    }
+
     fn is_closed(&self) -> bool {
         self.closed.load(SeqCst) || self.network.breaks.load(SeqCst) != self.breaks
     }
@@ -485,12 +518,13 @@ impl PipeEnd {
 impl Read for PipeEnd {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         let begun = Instant::now();
+        let most = self.most();
         loop {
             let change = self.network.change.lock().unwrap();
             let closed = self.is_closed();
             let read = {
                 let mut there = self.read.0.lock().unwrap();
-                let length = there.len().min(bytes.len());
+                let length = there.len().min(bytes.len()).min(most);
                 for (to, from) in bytes.iter_mut().zip(there.drain(..length)) {
                     *to = from;
                 }
@@ -571,6 +605,7 @@ impl Dial for Line {
             closed: closed.clone(),
             breaks: self.0.breaks.load(SeqCst),
             patience: Duration::from_secs(5),
+            pace: self.0.dialled.fetch_add(1, SeqCst) as u64,
         };
         let there = end(&one, &other);
         let incoming = self.0.incoming.lock().unwrap();
