@@ -29,7 +29,7 @@ begins() {
 # goes_on: the guest goes through all its memory once more, and a part of it before.
 goes_on() {
     local seen
-    seen=$(grep -cF ' 0 differences' "$OUT/$console.console" || true)
+    seen=$(cat "$OUT/$console.console" 2> /dev/null | grep -cF ' 0 differences' || true)
     wait_for_console_times "$console" ' 0 differences' $((seen + 2)) "$at"
     console_lacks "$console" FAIL
 }
@@ -64,7 +64,7 @@ reap() {
 
 # breaks NUMBER: one fault.
 breaks() {
-    local number=$1 kind=${kinds[RANDOM % 4]} way=${ways[RANDOM % 4]} after=$((RANDOM % 4000))
+    local number=$1 kind=${kinds[RANDOM % 4]} way=${ways[RANDOM % 4]} after=$((RANDOM % span))
     local there=host-$1 next link migrating status=0 source destination what
     tagvisor receive "$there" --listen "unix:$PWD/$number.socket" < /dev/null 2> "$there.errors" &
     next=$!
@@ -154,6 +154,16 @@ breaks() {
 }
 
 begins
+# How long a guest is on its way that nothing happens to: faults come at instants of that, and shortly after.
+tagvisor receive unharmed --listen "unix:$PWD/unharmed.socket" < /dev/null 2> unharmed.errors &
+next=$!
+until [ -S unharmed.socket ]; do sleep 0.05; done
+must tagvisor migrate "$here" "unix:$PWD/unharmed.socket" --json
+span=$(($(jq .total_us must.out) * 5 / 4000))
+ended_as 4 $at
+here=unharmed at=$next
+goes_on
+echo "a guest is on its way for $((span * 4 / 5)) ms"
 for number in $(seq "$faults"); do
     breaks "$number"
 done
