@@ -266,6 +266,7 @@ impl AgentCpu {
                     return Err(GuestFault::Mmio);
                 }
                 Ok(Exit::System(event)) => panic!("the agent asked for {event:?}"),
+                Ok(Exit::Debug(exit)) => panic!("{exit:?}, and nobody debugs"),
                 Err(error) => {
                     self.astray = true;
                     return Err(GuestFault::Run(error));

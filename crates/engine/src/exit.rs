@@ -1,5 +1,7 @@
 //! Why a vCPU stopped running the guest.
 
+use crate::DebugExit;
+
 /// Why a vCPU stopped running the guest.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Exit<'a> {
@@ -19,6 +21,8 @@ pub enum Exit<'a> {
     },
     /// The guest asks something of the machine as a whole.
     System(SystemEvent),
+    /// The vCPU's debugger wanted to know ([`Vcpu::set_debug`](crate::Vcpu::set_debug)). Nothing is left unfinished.
+    Debug(DebugExit),
     /// Somebody interrupted the vCPU, or a signal did. Nothing is left unfinished.
     Interrupted,
 }

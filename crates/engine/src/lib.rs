@@ -34,6 +34,7 @@
 //! [`model`] a reference model of the hypervisor side for tests that have to run anywhere.
 
 mod capabilities;
+mod debug;
 mod error;
 mod exit;
 mod interrupt;
@@ -46,6 +47,7 @@ mod state;
 mod tags;
 
 pub use capabilities::{Capabilities, MteSupport};
+pub use debug::{DebugCause, DebugExit, DebugRegister, DebugRegisters, GuestDebug, Watch};
 pub use error::{Error, Result};
 pub use exit::{Exit, SystemEvent};
 pub use interrupt::{GicLayout, Ppi, Spi};
@@ -193,7 +195,7 @@ pub trait Vcpu: Send {
     ///
     /// What an [`Exit`] asks for is finished by the next call: the value of an MMIO read reaches
     /// the guest's register then. A vCPU is therefore only whole, fit to be saved, after
-    /// [`Exit::Interrupted`].
+    /// [`Exit::Interrupted`] or [`Exit::Debug`].
     ///
     /// # Errors
     /// [`Error::GuestMemoryFault`] if the host cannot give the guest the memory it touched;
@@ -250,6 +252,22 @@ pub trait Vcpu: Send {
     /// # Errors
     /// [`Error::Vcpu`] if the host refuses.
     fn set_pending_serror(&self, serror: PendingSError) -> Result<()>;
+
+    /// Says what is to stop the vCPU for a debugger, in place of what was said before, while it does not run
+    /// (`KVM_SET_GUEST_DEBUG`, api.rst 4.87).
+    ///
+    /// # Errors
+    /// [`Error::Vcpu`] if the host refuses, or the vCPU has fewer registers ([`Vcpu::debug_registers`]).
+    fn set_debug(&self, debug: &GuestDebug) -> Result<()>;
+
+    /// How many breakpoint and watchpoint registers it has for a debugger.
+    ///
+    /// # Errors
+    /// [`Error::Register`] if the host does not tell.
+    fn debug_registers(&self) -> Result<DebugRegisters> {
+        self.register_u64(RegisterId::ID_AA64DFR0_EL1)
+            .map(DebugRegisters::from_id_aa64dfr0)
+    }
 
     /// Reads a 64-bit register.
     ///

@@ -68,12 +68,20 @@ impl RegisterId {
     pub const PC: Self = Self::core(32 * 2);
     /// `PSTATE`, laid out as in SPSR.
     pub const PSTATE: Self = Self::core(33 * 2);
+    /// `SP_EL1`.
+    pub const SP_EL1: Self = Self::core(34 * 2);
+    /// `ELR_EL1`.
+    pub const ELR_EL1: Self = Self::core(35 * 2);
+    /// `SPSR_EL1`.
+    pub const SPSR_EL1: Self = Self::core(36 * 2);
     /// `MPIDR_EL1`.
     pub const MPIDR_EL1: Self = Self::system(3, 0, 0, 0, 5);
     /// `ID_AA64PFR1_EL1`, in which a guest finds its MTE level.
     pub const ID_AA64PFR1_EL1: Self = Self::system(3, 0, 0, 4, 1);
     /// `ID_AA64MMFR0_EL1`, which names the page sizes that the CPU has.
     pub const ID_AA64MMFR0_EL1: Self = Self::system(3, 0, 0, 7, 0);
+    /// `ID_AA64DFR0_EL1`, which says how many breakpoints and watchpoints the CPU has.
+    pub const ID_AA64DFR0_EL1: Self = Self::system(3, 0, 0, 5, 0);
     /// `ID_AA64PFR2_EL1`.
     pub const ID_AA64PFR2_EL1: Self = Self::system(3, 0, 0, 4, 2);
 
@@ -150,6 +158,7 @@ mod tests {
         assert_eq!(RegisterId::x(0).to_kvm(), 0x6030_0000_0010_0000);
         assert_eq!(RegisterId::PC.to_kvm(), 0x6030_0000_0010_0040);
         assert_eq!(RegisterId::PSTATE.to_kvm(), 0x6030_0000_0010_0042);
+        assert_eq!(RegisterId::SPSR_EL1.to_kvm(), 0x6030_0000_0010_0048);
     }
 
     #[test]

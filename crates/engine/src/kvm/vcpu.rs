@@ -6,16 +6,17 @@ use kvm_bindings::{
     KVM_ARM_VCPU_EL1_32BIT, KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_PMU_V3_CTRL,
     KVM_ARM_VCPU_PMU_V3_INIT, KVM_ARM_VCPU_PMU_V3_IRQ, KVM_ARM_VCPU_POWER_OFF,
     KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS, KVM_ARM_VCPU_PTRAUTH_GENERIC,
-    KVM_ARM_VCPU_SVE, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_STOPPED, KVM_MP_STATE_SUSPENDED,
-    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, RegList, kvm_device_attr, kvm_mp_state,
-    kvm_vcpu_events, kvm_vcpu_init,
+    KVM_ARM_VCPU_SVE, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW,
+    KVM_GUESTDBG_USE_SW_BP, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_STOPPED, KVM_MP_STATE_SUSPENDED,
+    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, RegList, kvm_device_attr, kvm_guest_debug,
+    kvm_guest_debug_arch, kvm_mp_state, kvm_vcpu_events, kvm_vcpu_init,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
 use super::KvmInterrupter;
 use crate::{
-    Error, Exit, PendingSError, PowerState, Ppi, RegisterId, RegisterList, Result, SystemEvent,
-    Vcpu, VcpuFeatures,
+    DebugExit, DebugRegister, Error, Exit, GuestDebug, PendingSError, PowerState, Ppi, RegisterId,
+    RegisterList, Result, SystemEvent, Vcpu, VcpuFeatures,
 };
 
 /// More registers than any vCPU has; as many as the crate's list can hold.
@@ -33,6 +34,7 @@ enum Outcome {
     MmioRead { ipa: u64, length: usize },
     MmioWrite { ipa: u64, length: usize },
     System(SystemEvent),
+    Debug(DebugExit),
     Interrupted,
     Failed(String),
     MemoryFault,
@@ -74,6 +76,10 @@ impl KvmVcpu {
                 length: data.len(),
             },
             Ok(VcpuExit::SystemEvent(event, _)) => system_event(event),
+            Ok(VcpuExit::Debug(exit)) => Outcome::Debug(DebugExit {
+                syndrome: exit.hsr,
+                far: exit.far,
+            }),
             Ok(VcpuExit::Intr) => Outcome::Interrupted,
             Ok(VcpuExit::MemoryFault { .. }) => Outcome::MemoryFault,
             Ok(VcpuExit::FailEntry(reason, cpu)) => Outcome::Failed(format!(
@@ -166,6 +172,7 @@ impl Vcpu for KvmVcpu {
                 data: self.mmio_data(length),
             }),
             Outcome::System(event) => Ok(Exit::System(event)),
+            Outcome::Debug(exit) => Ok(Exit::Debug(exit)),
             Outcome::Interrupted => {
                 self.interrupter.acknowledge();
                 Ok(Exit::Interrupted)
@@ -242,6 +249,35 @@ impl Vcpu for KvmVcpu {
             .map_err(vcpu_error(self.index, "giving it a pending SError"))
     }
 
+    fn set_debug(&self, debug: &GuestDebug) -> Result<()> {
+        const STEP: &str = "giving it a debugger's breakpoints and watchpoints";
+        let mut arch = kvm_guest_debug_arch::default();
+        let fits = place(&debug.breakpoints, &mut arch.dbg_bcr, &mut arch.dbg_bvr)
+            && place(&debug.watchpoints, &mut arch.dbg_wcr, &mut arch.dbg_wvr);
+        if !fits {
+            return Err(Error::Vcpu {
+                index: self.index,
+                step: STEP,
+                source: io::ErrorKind::InvalidInput.into(),
+            });
+        }
+        let uses_registers = !debug.breakpoints.is_empty() || !debug.watchpoints.is_empty();
+        let control = [
+            (debug.is_on(), KVM_GUESTDBG_ENABLE),
+            (debug.single_step, KVM_GUESTDBG_SINGLESTEP),
+            (debug.software_breakpoints, KVM_GUESTDBG_USE_SW_BP),
+            (uses_registers, KVM_GUESTDBG_USE_HW),
+        ];
+        let control = control.into_iter().filter(|(wanted, _)| *wanted);
+        self.fd
+            .set_guest_debug(&kvm_guest_debug {
+                control: control.fold(0, |bits, (_, bit)| bits | bit),
+                pad: 0,
+                arch,
+            })
+            .map_err(vcpu_error(self.index, STEP))
+    }
+
     fn registers(&self) -> Result<RegisterList> {
         let error = |source| Error::RegisterList {
             index: self.index,
@@ -272,6 +308,15 @@ impl Vcpu for KvmVcpu {
             .map(drop)
             .map_err(|e| self.register_error("write", id, e))
     }
+}
+
+/// Fills register pairs from the first on. `false` if there are too few.
+fn place(registers: &[DebugRegister], controls: &mut [u64], values: &mut [u64]) -> bool {
+    let pairs = controls.iter_mut().zip(values);
+    for (register, (control, value)) in registers.iter().zip(pairs) {
+        (*control, *value) = (register.control, register.value);
+    }
+    registers.len() <= controls.len()
 }
 
 impl KvmVcpu {

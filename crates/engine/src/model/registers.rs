@@ -17,6 +17,8 @@ const PSTATE_RESET: u64 = 0x3c5;
 const ID_AA64MMFR0: u64 = 0xf << 24 | 2 << 4 | 5;
 /// `ID_AA64PFR0_EL1`: EL1 and EL0 in AArch64, a GICv3.
 const ID_AA64PFR0: u64 = 1 << 24 | 1 << 4 | 1;
+/// `ID_AA64DFR0_EL1`: six breakpoints, four watchpoints, the debug architecture of Armv8.0.
+const ID_AA64DFR0: u64 = 3 << 20 | 5 << 12 | 6;
 /// `CLIDR_EL1`: one level of unified cache, and the level of coherency behind it.
 const CLIDR: u64 = 1 << 24 | 4;
 /// `CLIDR_EL1.Ttype1`: the cache holds tags beside data.
@@ -27,6 +29,9 @@ const ID_AA64PFR0_EL1: RegisterId = RegisterId::system(3, 0, 0, 4, 0);
 
 /// Registers of EL1 and EL0 that an operating system sets.
 const PLAIN: &[RegisterId] = &[
+    RegisterId::SP_EL1,
+    RegisterId::ELR_EL1,
+    RegisterId::SPSR_EL1,
     RegisterId::system(3, 0, 1, 0, 0),  // SCTLR_EL1
     RegisterId::system(3, 0, 1, 0, 2),  // CPACR_EL1
     RegisterId::system(3, 0, 2, 0, 0),  // TTBR0_EL1
@@ -61,6 +66,7 @@ impl Registers {
             (RegisterId::ID_AA64PFR1_EL1, features.write_id_aa64pfr1(0)),
             (RegisterId::ID_AA64PFR2_EL1, features.write_id_aa64pfr2(0)),
             (RegisterId::ID_AA64MMFR0_EL1, ID_AA64MMFR0),
+            (RegisterId::ID_AA64DFR0_EL1, ID_AA64DFR0),
             (CLIDR_EL1, CLIDR | tags),
         ];
         let general = (0..=30)

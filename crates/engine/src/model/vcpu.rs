@@ -16,8 +16,8 @@ use super::host::{Found, Touch};
 use super::registers::Registers;
 use super::vm::{Miss, VmState};
 use crate::{
-    Error, Exit, Interrupter, PendingSError, PowerState, Ppi, RegisterId, RegisterList, Result,
-    SystemEvent, Vcpu, VcpuFeatures,
+    DebugExit, Error, Exit, GuestDebug, Interrupter, PendingSError, PowerState, Ppi, RegisterId,
+    RegisterList, Result, SystemEvent, Vcpu, VcpuFeatures,
 };
 
 /// A guest's program.
@@ -56,6 +56,9 @@ pub enum Step {
     },
     /// It asks something of the machine.
     System(SystemEvent),
+    /// It comes to what its debugger waits for. The model does not find out by itself: the program looks at
+    /// [`ModelVcpu::debug`].
+    Debug(DebugExit),
 }
 
 /// A guest that does nothing.
@@ -114,6 +117,7 @@ pub struct ModelVcpu {
     interrupter: ModelInterrupter,
     power: Cell<PowerState>,
     serror: Cell<PendingSError>,
+    debug: RefCell<GuestDebug>,
     /// Data of the device access that the VMM was asked for, and where they go if it was a read.
     mmio: [u8; 8],
     reading: Option<(RegisterId, usize)>,
@@ -132,9 +136,15 @@ impl ModelVcpu {
                 false => PowerState::On,
             }),
             serror: Cell::default(),
+            debug: RefCell::default(),
             mmio: [0; 8],
             reading: None,
         }
+    }
+
+    /// What is to stop it for a debugger.
+    pub fn debug(&self) -> GuestDebug {
+        self.debug.borrow().clone()
     }
 
     /// Its number.
@@ -298,6 +308,7 @@ impl Vcpu for ModelVcpu {
                 Step::Continue => (),
                 Step::Wait => self.interrupter.wait(),
                 Step::System(event) => return Ok(Exit::System(event)),
+                Step::Debug(exit) => return Ok(Exit::Debug(exit)),
                 Step::MmioRead { ipa, size, into } => {
                     self.reading = Some((into, size));
                     self.mmio = [0; 8];
@@ -340,6 +351,11 @@ impl Vcpu for ModelVcpu {
 
     fn set_pending_serror(&self, serror: PendingSError) -> Result<()> {
         self.serror.set(serror);
+        Ok(())
+    }
+
+    fn set_debug(&self, debug: &GuestDebug) -> Result<()> {
+        *self.debug.borrow_mut() = debug.clone();
         Ok(())
     }
 
