@@ -6,6 +6,8 @@
 //! that a guest's translation tables give it ([`walk`]). Everything else goes through a view once, in pieces:
 //! [`Statistics`], [`Grid`] (the picture), [`dump`], [`find`], [`differences`]. [`core`] writes the whole machine.
 //!
+//! [`gdb`] lets a debugger change what it looks at: a machine that runs.
+//!
 //! Memory in use does not grow with the guest's, but for what a snapshot's index takes.
 
 #![forbid(unsafe_code)]
@@ -15,6 +17,7 @@ mod diff;
 mod dump;
 mod error;
 mod find;
+pub mod gdb;
 mod map;
 mod memory;
 mod palette;

@@ -9,7 +9,6 @@ pub(crate) const TTBR0_EL1: RegisterId = RegisterId::system(3, 0, 2, 0, 0);
 pub(crate) const TTBR1_EL1: RegisterId = RegisterId::system(3, 0, 2, 0, 1);
 pub(crate) const TCR_EL1: RegisterId = RegisterId::system(3, 0, 2, 0, 2);
 pub(crate) const TCR2_EL1: RegisterId = RegisterId::system(3, 0, 2, 0, 3);
-pub(crate) const SP_EL1: RegisterId = RegisterId::from_kvm(0x6030_0000_0010_0044);
 pub(crate) const FPSR: RegisterId = RegisterId::from_kvm(0x6020_0000_0010_00d4);
 pub(crate) const FPCR: RegisterId = RegisterId::from_kvm(0x6020_0000_0010_00d5);
 
@@ -45,7 +44,7 @@ pub(crate) fn vector(vcpu: &VcpuState, number: u64) -> Option<[u8; 16]> {
 /// The stack pointer in use: `SP_EL1` if PSTATE says EL1h.
 pub(crate) fn stack_pointer(vcpu: &VcpuState, pstate: u64) -> Result<u64> {
     if pstate & 0xf == 0b0101 {
-        return must_have(vcpu, SP_EL1, "SP_EL1");
+        return must_have(vcpu, RegisterId::SP_EL1, "SP_EL1");
     }
     must_have(vcpu, RegisterId::SP, "SP_EL0")
 }
