@@ -2,6 +2,7 @@
 
 mod assembly;
 pub mod cpu;
+pub mod debug;
 mod dirty_log;
 pub mod migration;
 pub mod snapshot;
@@ -162,6 +163,9 @@ pub enum Error {
     /// Memory cannot be brought when it is touched.
     #[error(transparent)]
     Lazy(#[from] memory::lazy::Error),
+    /// A vCPU stopped for a debugger that is not there.
+    #[error("a vCPU stopped for a debugger, and none has the machine; please report it")]
+    NotDebugged,
     /// A vCPU's thread panicked.
     #[error(
         "a vCPU's thread panicked; what it said before is a defect of Tagvisor's, please report it"
@@ -717,6 +721,7 @@ impl Event {
         match self {
             Self::Vcpu(VcpuEvent::System(SystemEvent::Off)) => Ok(Ending::Off),
             Self::Vcpu(VcpuEvent::System(SystemEvent::Reset)) => Ok(Ending::Reset),
+            Self::Vcpu(VcpuEvent::Debug { .. }) => Err(Error::NotDebugged),
             Self::Vcpu(VcpuEvent::Failed(e)) => Err(e.into()),
             Self::Vcpu(VcpuEvent::Panicked) => Err(Error::VcpuPanicked),
             Self::Quit => Ok(Ending::Asked),

@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use engine::{Exit, Interrupter, SystemEvent, Vcpu};
+use engine::{DebugExit, Exit, Interrupter, SystemEvent, Vcpu};
 
 use crate::bus::Bus;
 
@@ -34,6 +34,13 @@ pub enum RunState {
 pub enum VcpuEvent {
     /// The guest asked something of the machine. The vCPU waits for the gate to change.
     System(SystemEvent),
+    /// It came to what its debugger waits for. The vCPU waits for the gate to change.
+    Debug {
+        /// Its number.
+        vcpu: usize,
+        /// To what.
+        exit: DebugExit,
+    },
     /// The vCPU cannot run on.
     Failed(engine::Error),
     /// The vCPU's thread panicked and is gone.
@@ -156,17 +163,29 @@ impl<V: Vcpu + 'static> VcpuThreads<V> {
         bus: &Arc<Bus>,
         report: impl Fn(VcpuEvent) + Clone + Send + 'static,
     ) -> std::io::Result<Self> {
+        Self::start_some(vcpus.into_iter().enumerate().collect(), bus, report)
+    }
+
+    /// Starts a thread for each of some of a machine's vCPUs, which are given with their numbers.
+    ///
+    /// # Errors
+    /// The host cannot start a thread.
+    pub fn start_some(
+        vcpus: Vec<(usize, V)>,
+        bus: &Arc<Bus>,
+        report: impl Fn(VcpuEvent) + Clone + Send + 'static,
+    ) -> std::io::Result<Self> {
         let gate = Arc::new(Gate::closed());
         let mut started = Self {
             gate: gate.clone(),
-            interrupters: vcpus.iter().map(Vcpu::interrupter).collect(),
+            interrupters: vcpus.iter().map(|(_, vcpu)| vcpu.interrupter()).collect(),
             threads: Vec::with_capacity(vcpus.len()),
         };
-        for (index, vcpu) in vcpus.into_iter().enumerate() {
+        for (index, vcpu) in vcpus {
             let (gate, bus, report) = (gate.clone(), bus.clone(), report.clone());
             let thread = thread::Builder::new()
                 .name(format!("tv-vcpu{index}"))
-                .spawn(move || run(vcpu, &gate, &bus, report))?;
+                .spawn(move || run(index, vcpu, &gate, &bus, report))?;
             started.threads.push(thread);
         }
         Ok(started)
@@ -314,13 +333,19 @@ fn throttle_once<I: Interrupter>(
     }
 }
 
-fn run<V: Vcpu>(mut vcpu: V, gate: &Gate, bus: &Bus, report: impl Fn(VcpuEvent)) -> V {
+fn run<V: Vcpu>(
+    index: usize,
+    mut vcpu: V,
+    gate: &Gate,
+    bus: &Bus,
+    report: impl Fn(VcpuEvent),
+) -> V {
     let _on_panic = ReportPanic {
         gate,
         report: &report,
     };
     while gate.pass() {
-        if let Some(event) = run_until_interrupted(&mut vcpu, bus) {
+        if let Some(event) = run_until_interrupted(index, &mut vcpu, bus) {
             gate.close();
             report(event);
         }
@@ -344,13 +369,14 @@ impl<R: Fn(VcpuEvent)> Drop for ReportPanic<'_, R> {
 }
 
 /// Runs the guest until somebody wants this vCPU, or it has something to say.
-fn run_until_interrupted(vcpu: &mut impl Vcpu, bus: &Bus) -> Option<VcpuEvent> {
+fn run_until_interrupted(index: usize, vcpu: &mut impl Vcpu, bus: &Bus) -> Option<VcpuEvent> {
     loop {
         match vcpu.run() {
             Ok(Exit::MmioRead { ipa, data }) => bus.read(ipa, data),
             Ok(Exit::MmioWrite { ipa, data }) => bus.write(ipa, data),
             Ok(Exit::Interrupted) => return None,
             Ok(Exit::System(event)) => return Some(VcpuEvent::System(event)),
+            Ok(Exit::Debug(exit)) => return Some(VcpuEvent::Debug { vcpu: index, exit }),
             Err(e) => return Some(VcpuEvent::Failed(e)),
         }
     }
@@ -424,6 +450,9 @@ mod tests {
             Ok(engine::PendingSError::default())
         }
         fn set_pending_serror(&self, _: engine::PendingSError) -> engine::Result<()> {
+            Ok(())
+        }
+        fn set_debug(&self, _: &engine::GuestDebug) -> engine::Result<()> {
             Ok(())
         }
         fn registers(&self) -> engine::Result<RegisterList> {
