@@ -8,6 +8,7 @@
 mod body;
 pub mod client;
 mod config;
+pub mod debug;
 mod http;
 pub mod migration;
 pub mod model;

@@ -3,6 +3,7 @@
 mod addresses;
 pub mod api;
 pub mod core;
+pub mod gdb;
 pub mod info;
 pub mod inspect;
 pub mod kill;

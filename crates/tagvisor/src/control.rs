@@ -180,6 +180,15 @@ pub struct Changes {
     pub ports: Vec<PathBuf>,
 }
 
+/// Where a debugger can come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DebugRequest {
+    /// Where; nowhere if there is none, and whoever is there has to go.
+    pub listen: Option<Address>,
+    /// Whether it may be where other hosts can come.
+    pub unprotected: bool,
+}
+
 /// What a migration came to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MigrationReport {
@@ -228,6 +237,11 @@ pub enum Refusal {
         /// Where the machine is.
         state: VmState,
     },
+    /// A debugger has the machine.
+    #[error(
+        "a debugger has the VM ({0}): let it detach, or send it away with `tagvisor gdb NAME --off`"
+    )]
+    Debugged(String),
     /// Tagvisor cannot do this, or not to this machine.
     #[error("{0}")]
     Unsupported(String),
@@ -330,6 +344,13 @@ pub trait Vmm: Send + Sync + 'static {
     /// # Errors
     /// [`Refusal::VmExists`]; [`Refusal::Failed`]. There is no machine then.
     fn receive(&self, request: ReceptionRequest) -> Result<(), Refusal>;
+
+    /// Lets debuggers come at an address, in place of the one before, and returns it as it is; or lets none come any more.
+    /// While one is there it has the machine: it stands when the debugger comes, and goes on when it is gone.
+    ///
+    /// # Errors
+    /// [`Refusal::NoVm`]; [`Refusal::Failed`] if nobody can come there.
+    fn debug(&self, request: DebugRequest) -> Result<Option<Address>, Refusal>;
 
     /// Ends the machine, if there is one, and then the VMM.
     fn shut_down_vmm(&self);

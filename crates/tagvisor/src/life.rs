@@ -5,6 +5,7 @@
 //! interrupts the machine's wait, and waits for the answer. What is known of the machine stands beside
 //! the queue, so that a question is answered at once, whatever the machine's thread does.
 
+mod debug;
 mod migration;
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use engine::{Hypervisor, Vm, VmBuilder};
 use stream::Snapshot;
+use transport::Address;
 use vmm::config::{DiskConfig, MachineConfig};
 use vmm::console::Console;
 use vmm::layout::PAGE_SIZE;
@@ -32,11 +34,12 @@ use vmm::memory::pages::GuestPages;
 use vmm::virtio::block::hold_temporary;
 use vmm::virtio::net::MacAddr;
 
+use self::debug::{Door, Session};
 use self::migration::{Attended, Between};
 pub use self::migration::{ReceiveError, Reception};
 use crate::control::{
-    Decision, MigrationReport, MigrationRequest, ReceptionRequest, Refusal, RestoreRequest,
-    SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm, Work,
+    DebugRequest, Decision, MigrationReport, MigrationRequest, ReceptionRequest, Refusal,
+    RestoreRequest, SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm, Work,
 };
 
 type Answer = Sender<Result<(), Refusal>>;
@@ -55,6 +58,8 @@ enum Order {
     Decide(Decision, Answer),
     Receive(ReceptionRequest, Answer),
     Attended(Attended),
+    /// A debugger came.
+    Debug(Box<Session>),
     /// A page of a machine that is restored lazily cannot be had, and why.
     MemoryMissing(String),
     /// Look whether it is all to end.
@@ -79,6 +84,8 @@ struct Shared {
     /// It is all to end.
     ended: AtomicBool,
     known: Mutex<Known>,
+    /// Where debuggers can come.
+    door: Mutex<Option<Door>>,
 }
 
 /// What is known of the machine.
@@ -92,6 +99,8 @@ struct Known {
     /// Memory that comes as it is touched, and has not all come.
     fill: Option<Arc<LazyFill>>,
     machine: Option<MachineHandle>,
+    /// Who debugs the machine, or is about to.
+    debugger: Option<String>,
 }
 
 impl Known {
@@ -149,7 +158,14 @@ impl Life {
     ) -> Result<T, Refusal> {
         let (answer, answered) = mpsc::channel();
         let gone = |_| Refusal::Failed("the VMM is ending".into());
-        self.orders.send(order(answer)).map_err(|_| gone(()))?;
+        {
+            let known = self.shared.known();
+            if let Some(peer) = &known.debugger {
+                return Err(Refusal::Debugged(peer.clone()));
+            }
+            // Under the lock, so that no debugger comes between.
+            self.orders.send(order(answer)).map_err(|_| gone(()))?;
+        }
         self.call();
         answered.recv().map_err(|_| gone(()))?
     }
@@ -229,6 +245,10 @@ impl Vmm for Life {
 
     fn receive(&self, request: ReceptionRequest) -> Result<(), Refusal> {
         self.order(|answer| Order::Receive(request, answer))
+    }
+
+    fn debug(&self, request: DebugRequest) -> Result<Option<Address>, Refusal> {
+        self.open_door(&request)
     }
 
     fn shut_down_vmm(&self) {
@@ -480,6 +500,7 @@ where
                 migration::tell(&answer, received);
             }
             Order::Attended(order) => self.attended(order),
+            Order::Debug(session) => self.debug(&session),
             Order::MemoryMissing(reason) => self.miss_memory(reason),
             Order::Look => {}
         }
@@ -884,6 +905,7 @@ const fn state_of(paused: bool) -> VmState {
 
 impl<H: Hypervisor> Drop for Landlord<'_, H> {
     fn drop(&mut self) {
+        self.life.close_door();
         self.end_machine();
     }
 }

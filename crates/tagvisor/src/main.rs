@@ -80,6 +80,8 @@ enum Command {
     Tags(commands::tags::Args),
     /// Writes a snapshot as an ELF core, with its tags, for debuggers.
     Core(commands::core::Args),
+    /// Lets gdb debug a machine's guest, with its memory tags.
+    Gdb(commands::gdb::Args),
     /// Sends a machine's guest to another host, with its memory and tags, while it runs.
     Migrate(Box<commands::migrate::Args>),
 }
@@ -122,6 +124,7 @@ fn main() -> ExitCode {
         Command::Snapshot(args) => commands::snapshot::snapshot(args),
         Command::Tags(args) => commands::tags::tags(&args),
         Command::Core(args) => commands::core::core(&args),
+        Command::Gdb(args) => commands::gdb::gdb(&args),
         Command::Migrate(args) => commands::migrate::migrate(*args),
     };
     result.unwrap_or_else(|e| {

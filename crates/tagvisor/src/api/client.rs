@@ -10,6 +10,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::debug::{GdbConfig, GdbReport};
 use super::http::{Answer, read_answer};
 use super::migration::{DecideMigrationConfig, ReceiveMigrationConfig, SendMigrationConfig};
 use super::model::{SnapshotConfig, VmInfo};
@@ -167,6 +168,15 @@ impl Client {
             Some(self.patience),
         )
         .map(drop)
+    }
+
+    /// Lets debuggers come, or none.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn debug(&self, config: &GdbConfig) -> Result<GdbReport, Error> {
+        let body = self.write(config)?;
+        self.read(&self.ask("PUT", "vm.gdb", Some(&body), Some(self.patience))?)
     }
 
     /// The process that listens.

@@ -230,7 +230,7 @@ impl Body for DecideMigrationConfig {
     const GRANTED: &'static [Granted] = &[];
 }
 
-fn address(field: &str, url: &str) -> Result<Address, Invalid> {
+pub(super) fn address(field: &str, url: &str) -> Result<Address, Invalid> {
     match parse_address(url).map_err(|why| invalid(field, why))? {
         Address::Unix(path) if !path.is_absolute() => {
             Err(invalid(field, "expected an absolute path after `unix:`"))

@@ -5,6 +5,7 @@
 
 use super::body::{Invalid, read};
 use super::config::VmConfig;
+use super::debug::{GdbConfig, GdbReport};
 use super::http::{Request, Response, Status};
 use super::migration::{DecideMigrationConfig, ReceiveMigrationConfig, SendMigrationConfig};
 use super::model::{PingResponse, RestoreConfig, SnapshotConfig, VmInfo};
@@ -224,6 +225,11 @@ pub const ROUTES: &[Route] = {
             DoWith(decide_migration),
         ),
         route(
+            "vm.gdb",
+            "The VM could not be opened to debuggers",
+            DoWith(debug),
+        ),
+        route(
             "vm.coredump",
             "The VM could not be coredumped",
             Lack("this version of Tagvisor writes no cores; use vm.snapshot"),
@@ -287,9 +293,10 @@ impl Failure {
                 let status = match refusal {
                     Refusal::NoVm => Status::NotFound,
                     Refusal::State { .. } => Status::MethodNotAllowed,
-                    Refusal::VmExists | Refusal::Unsupported(_) | Refusal::Failed(_) => {
-                        Status::InternalServerError
-                    }
+                    Refusal::VmExists
+                    | Refusal::Debugged(_)
+                    | Refusal::Unsupported(_)
+                    | Refusal::Failed(_) => Status::InternalServerError,
                 };
                 let allow = (status == Status::MethodNotAllowed).then(|| route.action.method());
                 Response {
@@ -363,4 +370,9 @@ fn receive_migration(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
 fn decide_migration(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
     vmm.decide_migration(read::<DecideMigrationConfig>(body)?.run)?;
     Ok(Response::NO_CONTENT)
+}
+
+fn debug(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
+    let at = vmm.debug(read::<GdbConfig>(body)?.request()?)?;
+    Ok(Response::ok(&GdbReport::from(at)))
 }

@@ -1,5 +1,7 @@
 //! A machine's life on a hypervisor whose guests say one word and end.
 
+mod debug;
+
 use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -165,6 +167,9 @@ impl Vcpu for ScriptedVcpu {
         Ok(engine::PendingSError::default())
     }
     fn set_pending_serror(&self, _: engine::PendingSError) -> engine::Result<()> {
+        Ok(())
+    }
+    fn set_debug(&self, _: &engine::GuestDebug) -> engine::Result<()> {
         Ok(())
     }
     fn registers(&self) -> engine::Result<RegisterList> {

@@ -2,11 +2,12 @@
 
 use std::sync::{Arc, Condvar, Mutex};
 
+use transport::Address;
 use vmm::config::MachineConfig;
 
 use crate::control::{
-    Decision, MigrationReport, MigrationRequest, ReceptionRequest, Refusal, RestoreRequest,
-    SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm,
+    DebugRequest, Decision, MigrationReport, MigrationRequest, ReceptionRequest, Refusal,
+    RestoreRequest, SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm,
 };
 
 /// One call.
@@ -25,6 +26,7 @@ pub enum Call {
     CancelMigration,
     DecideMigration(Decision),
     Receive(ReceptionRequest),
+    Debug(DebugRequest),
     ShutDownVmm,
 }
 
@@ -158,6 +160,12 @@ impl Vmm for Double {
 
     fn receive(&self, request: ReceptionRequest) -> Result<(), Refusal> {
         self.asked(Call::Receive(request))
+    }
+
+    fn debug(&self, request: DebugRequest) -> Result<Option<Address>, Refusal> {
+        let listen = request.listen.clone();
+        self.asked(Call::Debug(request))?;
+        Ok(listen)
     }
 
     fn shut_down_vmm(&self) {
