@@ -13,6 +13,14 @@ pub enum Error {
     /// The snapshot, or a part of it that is read now.
     #[error(transparent)]
     Stream(#[from] stream::Error),
+    /// Pages of a running machine.
+    #[error("memory at {address:#x}: {source}", address = page.saturating_mul(4096))]
+    Source {
+        /// The first page asked for.
+        page: u64,
+        /// Why it does not come.
+        source: io::Error,
+    },
     /// There is nothing to see.
     #[error("its memory has no tags: the guest ran without MTE")]
     NoTags,

@@ -2,7 +2,8 @@
 //! cores.
 //!
 //! [`TaggedMemory`] is what can be looked at: memory that is read at random, with the tags, and the vCPUs' states. A
-//! snapshot is one ([`SnapshotMemory`]). A [`View`] is a range of it, by guest-physical addresses or by the virtual ones
+//! snapshot is one ([`SnapshotMemory`]), and so is a running machine, or whatever else pages are read from
+//! ([`SourceMemory`]). A [`View`] is a range of it, by guest-physical addresses or by the virtual ones
 //! that a guest's translation tables give it ([`walk`]). Everything else goes through a view once, in pieces:
 //! [`Statistics`], [`Grid`] (the picture), [`dump`], [`find`], [`differences`]. [`core`] writes the whole machine.
 //!
@@ -22,8 +23,10 @@ mod map;
 mod memory;
 mod palette;
 mod picture;
+mod place;
 mod registers;
 mod snapshot;
+mod source;
 mod stat;
 mod terminal;
 mod view;
@@ -37,7 +40,9 @@ pub use map::{Cell, Grid};
 pub use memory::{TaggedMemory, Visitor};
 pub use palette::{Colour, HOLE, NO_MEMORY, colour_of, tag_colour};
 pub use picture::write_png;
+pub use place::Place;
 pub use snapshot::SnapshotMemory;
+pub use source::SourceMemory;
 pub use stat::{Counts, Region, Statistics};
 pub use terminal::{Colours, draw};
 pub use view::{Gap, Part, Space, View};

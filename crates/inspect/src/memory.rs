@@ -43,3 +43,29 @@ pub trait TaggedMemory {
     /// Whatever keeps it from reading; what `each` returns.
     fn visit(&mut self, pages: Range<u64>, each: Visitor<'_>) -> Result<()>;
 }
+
+impl<T: TaggedMemory + ?Sized> TaggedMemory for &mut T {
+    fn has_tags(&self) -> bool {
+        (**self).has_tags()
+    }
+
+    fn ram(&self) -> Range<u64> {
+        (**self).ram()
+    }
+
+    fn vcpus(&self) -> &[VcpuState] {
+        (**self).vcpus()
+    }
+
+    fn next_run(&mut self, from: u64) -> Result<Option<Range<u64>>> {
+        (**self).next_run(from)
+    }
+
+    fn read(&mut self, first: u64, data: &mut [Page], tags: &mut [TagPage]) -> Result<()> {
+        (**self).read(first, data, tags)
+    }
+
+    fn visit(&mut self, pages: Range<u64>, each: Visitor<'_>) -> Result<()> {
+        (**self).visit(pages, each)
+    }
+}

@@ -14,6 +14,8 @@ use transport::{Address, Rate};
 use vmm::config::MachineConfig;
 use vmm::console::ConsoleConfig;
 
+use crate::inspection::Lease;
+
 /// Where a machine is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VmState {
@@ -210,6 +212,15 @@ pub struct MigrationReport {
     pub slowed: u8,
 }
 
+/// How a machine is to be looked at.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InspectRequest {
+    /// Its guest goes on meanwhile.
+    pub live: bool,
+    /// Who looks, for others to read.
+    pub reader: Option<String>,
+}
+
 /// Where a guest is to run of which it is not known where it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -351,6 +362,13 @@ pub trait Vmm: Send + Sync + 'static {
     /// # Errors
     /// [`Refusal::NoVm`]; [`Refusal::Failed`] if nobody can come there.
     fn debug(&self, request: DebugRequest) -> Result<Option<Address>, Refusal>;
+
+    /// Lends the machine's memory, with its vCPUs' registers, to somebody who looks at it. Unless it is to be looked at live,
+    /// the guest stands still until the lease is dropped, and whatever else is asked waits for that, but for the VMM's end.
+    ///
+    /// # Errors
+    /// [`Refusal::State`] if it neither runs nor is paused; [`Refusal::Failed`]. The guest goes on then as before.
+    fn inspect(&self, request: InspectRequest) -> Result<Lease, Refusal>;
 
     /// Ends the machine, if there is one, and then the VMM.
     fn shut_down_vmm(&self);

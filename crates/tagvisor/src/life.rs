@@ -6,6 +6,7 @@
 //! the queue, so that a question is answered at once, whatever the machine's thread does.
 
 mod debug;
+mod inspection;
 mod migration;
 #[cfg(test)]
 mod tests;
@@ -38,9 +39,10 @@ use self::debug::{Door, Session};
 use self::migration::{Attended, Between};
 pub use self::migration::{ReceiveError, Reception};
 use crate::control::{
-    DebugRequest, Decision, MigrationReport, MigrationRequest, ReceptionRequest, Refusal,
+    DebugRequest, Decision, InspectRequest, MigrationReport, MigrationRequest, ReceptionRequest, Refusal,
     RestoreRequest, SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm, Work,
 };
+use crate::inspection::Lease;
 
 type Answer = Sender<Result<(), Refusal>>;
 
@@ -57,6 +59,7 @@ enum Order {
     Migrate(MigrationRequest, Sender<Result<MigrationReport, Refusal>>),
     Decide(Decision, Answer),
     Receive(ReceptionRequest, Answer),
+    Inspect(InspectRequest, Sender<Result<Lease, Refusal>>),
     Attended(Attended),
     /// A debugger came.
     Debug(Box<Session>),
@@ -98,6 +101,8 @@ struct Known {
     migration: Option<(&'static str, Arc<::migration::Progress>)>,
     /// Memory that comes as it is touched, and has not all come.
     fill: Option<Arc<LazyFill>>,
+    /// Ends the wait for somebody who looks at the machine.
+    lent: Option<Sender<()>>,
     machine: Option<MachineHandle>,
     /// Who debugs the machine, or is about to.
     debugger: Option<String>,
@@ -251,9 +256,16 @@ impl Vmm for Life {
         self.open_door(&request)
     }
 
+    fn inspect(&self, request: InspectRequest) -> Result<Lease, Refusal> {
+        self.order(|answer| Order::Inspect(request, answer))
+    }
+
     fn shut_down_vmm(&self) {
         self.shared.ended.store(true, Ordering::SeqCst);
         let known = self.shared.known();
+        if let Some(lent) = &known.lent {
+            let _ = lent.send(());
+        }
         if let Some(snapshot) = &known.snapshot {
             snapshot.cancelled.store(true, Ordering::Relaxed);
         }
@@ -499,6 +511,7 @@ where
                     .and_then(|reception| failed(self.receive(reception)));
                 migration::tell(&answer, received);
             }
+            Order::Inspect(request, answer) => self.inspect(&request, &answer),
             Order::Attended(order) => self.attended(order),
             Order::Debug(session) => self.debug(&session),
             Order::MemoryMissing(reason) => self.miss_memory(reason),

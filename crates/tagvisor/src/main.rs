@@ -9,6 +9,7 @@ mod clone;
 mod commands;
 mod configuration;
 mod control;
+mod inspection;
 mod life;
 mod name;
 mod receive;
@@ -76,9 +77,9 @@ enum Command {
     Kill(commands::Named),
     /// Writes a machine to a file, with its memory and tags, while it runs.
     Snapshot(commands::snapshot::Args),
-    /// Shows the memory tags of a snapshot: figures, a picture, dumps, searches, differences.
+    /// Shows the memory tags of a machine or a snapshot: figures, a picture, dumps, searches, differences.
     Tags(commands::tags::Args),
-    /// Writes a snapshot as an ELF core, with its tags, for debuggers.
+    /// Writes a machine or a snapshot as an ELF core, with its tags, for debuggers.
     Core(commands::core::Args),
     /// Lets gdb debug a machine's guest, with its memory tags.
     Gdb(commands::gdb::Args),

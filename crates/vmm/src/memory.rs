@@ -12,6 +12,7 @@ pub mod base;
 pub mod dirty;
 pub mod file;
 pub mod lazy;
+pub mod outside;
 pub mod pages;
 mod populated;
 pub mod tags;
@@ -407,6 +408,21 @@ impl GuestMemory {
         Ok(vm)
     }
 
+    /// The memory file, for another process to read it ([`outside`]), data and tags: opened anew, so that nothing can be
+    /// changed through it. `None` of memory that others cannot read so: private memory, a clone's, and where tags are to be
+    /// reached by the bulk copy.
+    ///
+    /// # Errors
+    /// `/proc` is not there.
+    pub fn readable_file(&self) -> io::Result<Option<File>> {
+        match &self.populated {
+            Populated::File(file) if self.plan.tags != Some(TagMethod::Ioctl) => {
+                File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// The tag mapping, where there is one.
     pub fn tag_mapping(&self) -> Option<&TagMapping> {
         self.tag_mapping.as_ref()
@@ -526,16 +542,32 @@ impl TagMapping {
     /// # Errors
     /// The host has no MTE for this process, or cannot map.
     pub fn of(file: &File, size: u64) -> io::Result<Self> {
-        let size = usize::try_from(size).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        Self::map(file, 0..size, READ_WRITE)
+    }
+
+    /// Maps the tags of a part of a memory file, which may be opened for reading alone, to be read. The part begins at a
+    /// page of the file's.
+    ///
+    /// # Errors
+    /// As those of [`Self::of`].
+    pub fn read_only(file: &File, part: Range<u64>) -> io::Result<Self> {
+        Self::map(file, part, libc::PROT_READ)
+    }
+
+    fn map(file: &File, part: Range<u64>, protection: libc::c_int) -> io::Result<Self> {
+        let too_large = |_| io::ErrorKind::OutOfMemory;
+        let offset = libc::off_t::try_from(part.start).map_err(too_large)?;
+        let size = part.end - part.start;
+        let size = usize::try_from(size).map_err(too_large)?;
         // SAFETY: a new mapping where the kernel likes replaces nothing.
         let address = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 size,
-                READ_WRITE | PROT_MTE,
+                protection | PROT_MTE,
                 libc::MAP_SHARED | libc::MAP_NORESERVE,
                 file.as_raw_fd(),
-                0,
+                offset,
             )
         };
         match NonNull::new(address.cast()) {

@@ -11,11 +11,12 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::debug::{GdbConfig, GdbReport};
-use super::http::{Answer, read_answer};
+use super::http::{Answer, Status, read_answer};
 use super::migration::{DecideMigrationConfig, ReceiveMigrationConfig, SendMigrationConfig};
-use super::model::{SnapshotConfig, VmInfo};
+use super::model::{InspectConfig, SnapshotConfig, VmInfo};
 use super::wire::Wire;
 use crate::control::{Decision, MigrationReport, SnapshotReport};
+use crate::inspection::{PROTOCOL, Reader};
 
 /// Why a VMM did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -179,6 +180,30 @@ impl Client {
         self.read(&self.ask("PUT", "vm.gdb", Some(&body), Some(self.patience))?)
     }
 
+    /// What is the same for two clients of the same VMM.
+    pub fn identity(&self) -> PathBuf {
+        std::fs::canonicalize(&self.socket).unwrap_or_else(|_| self.socket.clone())
+    }
+
+    /// Looks at the machine's memory, once it is its turn, as long as that takes. The guest stands still until what is returned
+    /// is gone, unless `config` says otherwise.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn inspect(&self, config: &InspectConfig) -> Result<Reader, Error> {
+        let body = self.write(config)?;
+        let request = upgrade("vm.inspect", &body);
+        let stream = self.connect().map_err(|e| self.failed(e))?;
+        let mut wire = Wire::new(stream);
+        let sent = wire.send(&request, Some(Instant::now() + self.patience));
+        let answer =
+            read_answer(&mut wire, None).map_err(|e| self.failed(sent.err().unwrap_or(e)))?;
+        if answer.status != Status::SwitchingProtocols as u16 {
+            return Err(refused(answer));
+        }
+        Reader::new(wire.into_stream()).map_err(|e| self.failed(e))
+    }
+
     /// The process that listens.
     ///
     /// # Errors
@@ -207,11 +232,7 @@ impl Client {
             .map_err(|e| self.failed(e))?;
         match answer.status {
             200..300 => Ok(answer.body),
-            status => Err(Error::Refused {
-                status,
-                messages: serde_json::from_slice(&answer.body)
-                    .unwrap_or_else(|_| vec![format!("the VMM answered with status {status}")]),
-            }),
+            _ => Err(refused(answer)),
         }
     }
 
@@ -273,6 +294,23 @@ impl Client {
             why: error.to_string(),
         }
     }
+}
+
+fn refused(Answer { status, body }: Answer) -> Error {
+    Error::Refused {
+        status,
+        messages: serde_json::from_slice(&body)
+            .unwrap_or_else(|_| vec![format!("the VMM answered with status {status}")]),
+    }
+}
+
+fn upgrade(name: &str, body: &[u8]) -> Vec<u8> {
+    let head = format!(
+        "PUT /api/v1/{name} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: {PROTOCOL}\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    [head.as_bytes(), body].concat()
 }
 
 fn request(method: &str, name: &str, body: Option<&[u8]>) -> Vec<u8> {

@@ -2,11 +2,13 @@
 //! kept. Whoever sends anything else is told so, or left.
 
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use httparse::Status as Parsed;
 
 use super::wire::{Deadline, Wire};
+use crate::inspection::PROTOCOL;
 
 /// The most bytes before a body.
 pub const MAX_HEAD: usize = 16 << 10;
@@ -23,6 +25,7 @@ const LINGER: Duration = Duration::from_secs(1);
 /// How a request went. The numbers are RFC 9110's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
+    SwitchingProtocols = 101,
     Ok = 200,
     NoContent = 204,
     BadRequest = 400,
@@ -32,6 +35,7 @@ pub enum Status {
     RequestTimeout = 408,
     LengthRequired = 411,
     ContentTooLarge = 413,
+    UpgradeRequired = 426,
     HeadersTooLarge = 431,
     InternalServerError = 500,
     ServiceUnavailable = 503,
@@ -46,6 +50,8 @@ pub struct Request {
     pub body: Vec<u8>,
     /// The client may send another one.
     pub keep_alive: bool,
+    /// It is ready to go on in [`PROTOCOL`].
+    pub upgrades: bool,
 }
 
 /// What is answered.
@@ -62,6 +68,13 @@ impl Response {
     /// A request that was carried out and has nothing to say.
     pub const NO_CONTENT: Self = Self {
         status: Status::NoContent,
+        body: Vec::new(),
+        allow: None,
+    };
+
+    /// The connection is no longer HTTP's after this.
+    pub const SWITCHING_PROTOCOLS: Self = Self {
+        status: Status::SwitchingProtocols,
         body: Vec::new(),
         allow: None,
     };
@@ -86,7 +99,11 @@ impl Response {
 
     /// The bytes of the answer. A `closing` one says that no other follows.
     pub fn to_bytes(&self, closing: bool) -> Vec<u8> {
-        let connection = if closing { "close" } else { "keep-alive" };
+        let connection = match self.status {
+            Status::SwitchingProtocols => "Upgrade",
+            _ if closing => "close",
+            _ => "keep-alive",
+        };
         // Without a reason: Cloud Hypervisor's client takes all that follows the version for the number.
         let mut head = format!(
             "HTTP/1.1 {} \r\nServer: Tagvisor\r\nConnection: {connection}\r\n",
@@ -95,7 +112,13 @@ impl Response {
         if let Some(method) = self.allow {
             head += &format!("Allow: {method}\r\n");
         }
-        if self.status != Status::NoContent {
+        if matches!(
+            self.status,
+            Status::SwitchingProtocols | Status::UpgradeRequired
+        ) {
+            head += &format!("Upgrade: {PROTOCOL}\r\n");
+        }
+        if !matches!(self.status, Status::NoContent | Status::SwitchingProtocols) {
             head += &format!(
                 "Content-Type: application/json\r\nContent-Length: {}\r\n",
                 self.body.len()
@@ -178,6 +201,7 @@ impl Connection {
             method: head.method,
             path: head.path,
             keep_alive: head.keep_alive,
+            upgrades: head.upgrades,
         })
     }
 
@@ -198,6 +222,11 @@ impl Connection {
         answered.is_ok()
     }
 
+    /// The connection, which is no longer HTTP's.
+    pub fn into_stream(self) -> UnixStream {
+        self.wire.into_stream()
+    }
+
     /// Lets a client that was refused read why.
     pub fn linger(&mut self) {
         let longest = LINGER.min(self.patience.request);
@@ -213,6 +242,7 @@ struct Head {
     body_len: usize,
     keep_alive: bool,
     expects_continue: bool,
+    upgrades: bool,
 }
 
 impl Head {
@@ -244,6 +274,7 @@ impl Head {
             body_len,
             keep_alive: current && !has_token(request.headers, "connection", "close"),
             expects_continue: current && has_token(request.headers, "expect", "100-continue"),
+            upgrades: current && has_token(request.headers, "upgrade", PROTOCOL),
         }))
     }
 }
@@ -332,7 +363,7 @@ pub fn read_answer(wire: &mut Wire, deadline: Deadline) -> io::Result<Answer> {
             receive_more(wire, deadline)?;
         }
         let body = wire.take(body_len);
-        if status >= 200 {
+        if status >= 200 || status == Status::SwitchingProtocols as u16 {
             return Ok(Answer { status, body });
         }
     }

@@ -8,7 +8,7 @@ use stream::Compression;
 
 use super::body::{Body, Granted, Invalid, invalid};
 use super::config::VmConfig;
-use crate::control::{self, RestoreRequest, SnapshotRequest, VmState, Work};
+use crate::control::{self, InspectRequest, RestoreRequest, SnapshotRequest, VmState, Work};
 
 /// The file of a snapshot whose URL names a directory, as Cloud Hypervisor's URLs do.
 const SNAPSHOT_FILE: &str = "tagvisor.snapshot";
@@ -125,6 +125,38 @@ pub fn parse_compression(text: &str) -> Result<Compression, String> {
             _ => Err(format!("`{level}` is no level of zstd: they are 1 to 22")),
         },
         _ => Err("expected `none`, `lz4`, `zstd` or `zstd:LEVEL`".into()),
+    }
+}
+
+/// How a machine is to be looked at.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InspectConfig {
+    /// Ours: the guest goes on meanwhile.
+    #[serde(default)]
+    pub live: bool,
+    /// Ours: who looks, as `vm.info` is to say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reader: Option<String>,
+}
+
+impl Body for InspectConfig {
+    const GRANTED: &'static [Granted] = &[];
+}
+
+impl InspectConfig {
+    pub fn request(self) -> Result<InspectRequest, Invalid> {
+        const MOST: usize = 100;
+        if self
+            .reader
+            .as_ref()
+            .is_some_and(|reader| reader.len() > MOST)
+        {
+            return Err(invalid("reader", "it has more than 100 bytes"));
+        }
+        Ok(InspectRequest {
+            live: self.live,
+            reader: self.reader,
+        })
     }
 }
 

@@ -8,8 +8,9 @@ use super::config::VmConfig;
 use super::debug::{GdbConfig, GdbReport};
 use super::http::{Request, Response, Status};
 use super::migration::{DecideMigrationConfig, ReceiveMigrationConfig, SendMigrationConfig};
-use super::model::{PingResponse, RestoreConfig, SnapshotConfig, VmInfo};
+use super::model::{InspectConfig, PingResponse, RestoreConfig, SnapshotConfig, VmInfo};
 use crate::control::{Refusal, Vmm};
+use crate::inspection::{Lease, PROTOCOL};
 
 const ROOT: &str = "/api/v1/";
 
@@ -18,6 +19,8 @@ pub struct Outcome {
     pub response: Response,
     /// The VMM is to end after this.
     pub ends: bool,
+    /// What the connection is for from here on.
+    pub lease: Option<Lease>,
 }
 
 /// A path, and what a request for it does.
@@ -38,6 +41,8 @@ pub enum Action {
     Do(fn(&dyn Vmm) -> Result<(), Refusal>),
     /// `PUT` with a body.
     DoWith(fn(&dyn Vmm, &[u8]) -> Result<Response, Failure>),
+    /// `PUT` with a body, after which the connection is no longer HTTP's.
+    Lend(fn(&dyn Vmm, &[u8]) -> Result<Lease, Failure>),
     /// `PUT`: there is no such thing in Tagvisor, for this reason.
     Lack(&'static str),
     /// `PUT`: the VMM ends.
@@ -88,7 +93,7 @@ const NO_RESIZE: &str = "Tagvisor's machines keep the size that they were create
 
 /// Every path.
 pub const ROUTES: &[Route] = {
-    use Action::{Do, DoWith, End, Lack, Tell};
+    use Action::{Do, DoWith, End, Lack, Lend, Tell};
     &[
         route("vmm.ping", "The VMM could not be reached", Tell(ping)),
         route("vmm.shutdown", "The VMM could not shutdown", End),
@@ -224,6 +229,7 @@ pub const ROUTES: &[Route] = {
             "It could not be decided where the VM runs",
             DoWith(decide_migration),
         ),
+        route("vm.inspect", "The VM could not be inspected", Lend(inspect)),
         route(
             "vm.gdb",
             "The VM could not be opened to debuggers",
@@ -232,7 +238,9 @@ pub const ROUTES: &[Route] = {
         route(
             "vm.coredump",
             "The VM could not be coredumped",
-            Lack("this version of Tagvisor writes no cores; use vm.snapshot"),
+            Lack(
+                "Tagvisor's cores are written by `tagvisor core`, with the memory that vm.inspect lends",
+            ),
         ),
     ]
 };
@@ -255,7 +263,11 @@ pub fn dispatch(vmm: &dyn Vmm, request: &Request) -> Outcome {
         return Outcome {
             response: Response::NO_CONTENT,
             ends: true,
+            lease: None,
         };
+    }
+    if let Action::Lend(lend) = route.action {
+        return lent(route, lend, vmm, request);
     }
     let answer = perform(route.action, vmm, &request.body);
     stays(answer.unwrap_or_else(|failure| failure.response(route)))
@@ -265,6 +277,31 @@ fn stays(response: Response) -> Outcome {
     Outcome {
         response,
         ends: false,
+        lease: None,
+    }
+}
+
+/// Whoever does not ask for the protocol would not know what to do with it, while the guest stands still.
+fn lent(
+    route: &Route,
+    lend: fn(&dyn Vmm, &[u8]) -> Result<Lease, Failure>,
+    vmm: &dyn Vmm,
+    request: &Request,
+) -> Outcome {
+    if !request.upgrades {
+        let why = format!("it needs a connection that is upgraded to {PROTOCOL}");
+        return stays(Response::error(
+            Status::UpgradeRequired,
+            &[route.failure, &why],
+        ));
+    }
+    match lend(vmm, &request.body) {
+        Ok(lease) => Outcome {
+            response: Response::SWITCHING_PROTOCOLS,
+            ends: false,
+            lease: Some(lease),
+        },
+        Err(failure) => stays(failure.response(route)),
     }
 }
 
@@ -277,11 +314,11 @@ fn perform(action: Action, vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failu
             Ok(Response::NO_CONTENT)
         }
         Action::DoWith(act) => act(vmm, body),
+        Action::Lend(_) | Action::End => Ok(Response::NO_CONTENT),
         Action::Lack(why) => {
             vmm.info()?;
             Err(Refusal::Unsupported(why.into()).into())
         }
-        Action::End => Ok(Response::NO_CONTENT),
     }
 }
 
@@ -349,6 +386,10 @@ fn snapshot(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
 fn restore(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {
     vmm.restore(read::<RestoreConfig>(body)?.request()?)?;
     Ok(Response::NO_CONTENT)
+}
+
+fn inspect(vmm: &dyn Vmm, body: &[u8]) -> Result<Lease, Failure> {
+    Ok(vmm.inspect(read::<InspectConfig>(body)?.request()?)?)
 }
 
 fn send_migration(vmm: &dyn Vmm, body: &[u8]) -> Result<Response, Failure> {

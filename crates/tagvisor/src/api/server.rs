@@ -24,6 +24,7 @@ use super::routes::{self, Outcome};
 use super::socket::{self, SocketFile};
 use super::wire::Wire;
 use crate::control::Vmm;
+use crate::inspection;
 
 /// What a client is allowed.
 #[derive(Clone, Copy, Debug)]
@@ -221,7 +222,17 @@ impl Shared {
                     return;
                 }
             };
-            let Outcome { response, ends } = routes::dispatch(&*self.vmm, &request);
+            let Outcome {
+                response,
+                ends,
+                lease,
+            } = routes::dispatch(&*self.vmm, &request);
+            if let Some(lease) = lease {
+                if connection.answer(&response, false) {
+                    inspection::serve(&lease, &connection.into_stream());
+                }
+                return;
+            }
             let closing = ends || !request.keep_alive || self.lock().closing;
             let answered = connection.answer(&response, closing);
             if ends {

@@ -26,6 +26,11 @@ impl Wire {
         }
     }
 
+    /// The stream, without what came and has not been used.
+    pub fn into_stream(self) -> UnixStream {
+        self.stream
+    }
+
     /// What came and has not been used yet.
     pub fn received(&self) -> &[u8] {
         &self.received

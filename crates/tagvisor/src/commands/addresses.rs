@@ -107,7 +107,8 @@ impl SpaceArgs {
         view.map_err(|e| e.to_string())
     }
 
-    fn walker(&self, memory: &dyn TaggedMemory) -> Result<Option<Walker>, String> {
+    /// Walks the tables that are meant; none if addresses are guest-physical.
+    pub fn walker(&self, memory: &dyn TaggedMemory) -> Result<Option<Walker>, String> {
         if self.vcpu.is_none() && self.ttbr.is_none() {
             return Ok(None);
         }

@@ -6,14 +6,14 @@ use std::process::ExitCode;
 use clap::Args as ClapArgs;
 use inspect::core::{Summary, Vmcoreinfo, save};
 
-use super::target::Target;
+use super::target;
 use super::text::{bytes, count};
 
 /// Which machine, and which file.
 #[derive(ClapArgs)]
 pub struct Args {
-    /// A snapshot
-    target: PathBuf,
+    #[command(flatten)]
+    target: target::Args,
     /// The file to write; an older one is replaced when the new one is complete
     file: PathBuf,
     /// Print JSON, for scripts
@@ -24,10 +24,10 @@ pub struct Args {
 /// Writes a core.
 ///
 /// # Errors
-/// The snapshot is damaged, or the file cannot be written.
+/// The snapshot is damaged, the machine cannot be looked at, or the file cannot be written.
 pub fn core(args: &Args) -> super::Result {
-    let target = Target::open(&args.target)?;
-    let summary = save(&mut target.memory(), &args.file)?;
+    let mut target = args.target.open()?;
+    let summary = save(&mut *target.memory(), &args.file)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&summary)?);
     } else {

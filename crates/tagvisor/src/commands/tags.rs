@@ -1,5 +1,6 @@
 //! `tagvisor tags`: what a machine's memory tags are.
 
+mod at;
 mod diff;
 mod dump;
 mod find;
@@ -27,20 +28,23 @@ enum Question {
     Dump(dump::Args),
     /// Where a tag is, or where a pointer's tag does not match.
     Find(find::Args),
-    /// What differs between two snapshots: data, tags, or both.
+    /// Where a pointer points: the tags and the data there.
+    At(at::Args),
+    /// What differs between two snapshots, or a snapshot and a machine: data, tags, or both.
     Diff(diff::Args),
 }
 
 /// Answers.
 ///
 /// # Errors
-/// The snapshot is damaged; addresses that it has not; standard output cannot be written.
+/// The snapshot is damaged, or the machine cannot be looked at; addresses that it has not; standard output cannot be written.
 pub fn tags(args: &Args) -> super::Result {
     match &args.question {
         Question::Stat(args) => stat::stat(args),
         Question::Map(args) => map::map(args),
         Question::Dump(args) => dump::dump(args),
         Question::Find(args) => find::find(args),
+        Question::At(args) => at::at(args),
         Question::Diff(args) => diff::diff(args),
     }
 }

@@ -693,3 +693,105 @@ fn what_is_no_snapshot_of_a_machine_is_refused() {
         assert_eq!(vmm.info(), Err(Refusal::NoVm));
     });
 }
+
+fn inspect(live: bool) -> InspectRequest {
+    InspectRequest {
+        live,
+        reader: Some("a test".into()),
+    }
+}
+
+/// Waits until a guest runs on.
+fn await_runs(life: &Trial) {
+    let before = life.runs();
+    while life.runs() == before {
+        thread::yield_now();
+    }
+}
+
+/// Whether a guest runs on within a time in which it would.
+fn runs_on(life: &Trial) -> bool {
+    let before = life.runs();
+    thread::sleep(Duration::from_millis(50));
+    life.runs() > before
+}
+
+#[test]
+fn a_guest_that_is_looked_at_stands_still_until_the_lease_is_gone() {
+    let life = endless();
+    life.meanwhile(life.boot(), |vmm| {
+        let lease = vmm.inspect(inspect(false)).unwrap();
+        let meanwhile = vmm.info().unwrap();
+        let ran = runs_on(&life);
+        drop(lease);
+        // Answered when the guest runs again.
+        vmm.pause().unwrap();
+        vmm.resume().unwrap();
+
+        assert!(!ran);
+        assert_eq!(meanwhile.state, VmState::Paused);
+        assert_eq!(meanwhile.reason.unwrap(), "a test looks at its memory");
+        let after = vmm.info().unwrap();
+        assert_eq!((after.state, after.reason), (VmState::Running, None));
+        await_runs(&life);
+    });
+}
+
+#[test]
+fn a_guest_that_is_looked_at_live_goes_on() {
+    let life = endless();
+    life.meanwhile(life.boot(), |vmm| {
+        let lease = vmm.inspect(inspect(true)).unwrap();
+        await_runs(&life);
+        assert_eq!(vmm.info().unwrap().state, VmState::Running);
+        assert_eq!(lease.vcpus.len(), 1);
+    });
+}
+
+#[test]
+fn a_guest_that_was_paused_is_paused_after_it_was_looked_at() {
+    let life = endless();
+    life.meanwhile(life.boot(), |vmm| {
+        vmm.pause().unwrap();
+        for live in [false, true] {
+            drop(vmm.inspect(inspect(live)).unwrap());
+        }
+        assert!(!runs_on(&life));
+        vmm.resume().unwrap();
+    });
+}
+
+#[test]
+fn the_memory_of_a_guest_that_is_looked_at_is_what_it_was_booted_with() {
+    let life = endless();
+    life.meanwhile(life.boot(), |vmm| {
+        let lease = vmm.inspect(inspect(false)).unwrap();
+        let first = layout::RAM_START / layout::PAGE_SIZE;
+        assert_eq!(lease.ram, first..first + 4096);
+        // The payload, or the device tree.
+        assert!(lease.pages.next_run(0).unwrap().is_some());
+        assert!(lease.file.is_some());
+    });
+}
+
+#[test]
+fn a_vmm_ends_while_its_machine_is_looked_at() {
+    let life = endless();
+    let lease = life.meanwhile(life.boot(), |vmm| vmm.inspect(inspect(false)).unwrap());
+    assert!(lease.hold.is_some());
+}
+
+#[test]
+fn a_machine_that_is_not_there_is_not_looked_at() {
+    let life = endless();
+    life.meanwhile(Beginning::Empty, |vmm| {
+        let refusal = vmm.inspect(inspect(false)).map(drop).unwrap_err();
+        assert_eq!(refusal, Refusal::NoVm);
+        vmm.create(life.config.clone()).unwrap();
+        let refusal = vmm.inspect(inspect(true)).map(drop).unwrap_err();
+        assert_eq!(
+            refusal.to_string(),
+            "the VM is not booted: it cannot be looked at now"
+        );
+    });
+}

@@ -115,18 +115,23 @@ pub struct AliasTags {
     instructions: mte::aarch64::Instructions,
 }
 
+/// The tag instructions, on a host whose programs have MTE.
+#[cfg(target_arch = "aarch64")]
+pub(super) fn instructions() -> Option<mte::aarch64::Instructions> {
+    // SAFETY: a query without demands.
+    let hwcap2 = unsafe { libc::getauxval(libc::AT_HWCAP2) };
+    // SAFETY: the value is what the kernel gave this process.
+    unsafe { mte::aarch64::Instructions::from_hwcap2(hwcap2) }
+}
+
 #[cfg(target_arch = "aarch64")]
 impl AliasTags {
     /// Tags of memory that has a tag mapping, on a host whose programs have MTE. `None` otherwise.
     pub fn new(memory: Arc<GuestMemory>) -> Option<Self> {
         memory.tag_mapping()?;
-        // SAFETY: a query without demands.
-        let hwcap2 = unsafe { libc::getauxval(libc::AT_HWCAP2) };
-        // SAFETY: the value is what the kernel gave this process.
-        let instructions = unsafe { mte::aarch64::Instructions::from_hwcap2(hwcap2) }?;
         Some(Self {
             memory,
-            instructions,
+            instructions: instructions()?,
         })
     }
 

@@ -5,12 +5,14 @@ use std::os::unix::net::UnixListener;
 use std::thread;
 use std::time::Instant;
 
+use inspect::TaggedMemory;
+
 use super::super::client::{Client, Error};
 use super::super::migration::{ReceiveMigrationConfig, SendMigrationConfig};
-use super::super::model::SnapshotConfig;
+use super::super::model::{InspectConfig, SnapshotConfig};
 use super::double::{Call, migration_report, report};
 use super::*;
-use crate::control::{Decision, Refusal, VmState};
+use crate::control::{Decision, InspectRequest, Refusal, VmState};
 
 /// What a client makes of one who answers `answer`, whatever is asked.
 fn told(answer: &'static [u8]) -> Error {
@@ -51,6 +53,48 @@ fn what_a_client_asks_is_done() {
         (VmState::Running, 2)
     );
     assert_eq!(written.unwrap(), report());
+}
+
+#[test]
+fn a_client_looks_at_memory_over_a_connection_that_is_upgraded() {
+    let served = Served::running();
+    let client = Client::new(served.socket());
+    let config = InspectConfig {
+        live: true,
+        reader: Some("process 7".into()),
+    };
+
+    let memory = client.inspect(&config).unwrap().memory().unwrap();
+
+    assert_eq!(memory.ram(), 0x40000..0x40010);
+    let asked = InspectRequest {
+        live: true,
+        reader: Some("process 7".into()),
+    };
+    assert_eq!(served.vmm.calls(), [Call::Inspect(asked)]);
+}
+
+#[test]
+fn a_client_that_may_not_look_at_memory_is_told_why() {
+    let served = Served::running();
+    served.vmm.refuse(Refusal::Failed("no".into()));
+    let refused = Client::new(served.socket()).inspect(&InspectConfig::default());
+    assert_eq!(
+        refused.map(drop).unwrap_err().to_string(),
+        "The VM could not be inspected: no"
+    );
+}
+
+#[test]
+fn a_client_that_does_not_know_the_protocol_is_not_lent_memory() {
+    let served = Served::running();
+    let (status, body) = served.ask("PUT", "vm.inspect", "{}");
+    assert_eq!(status, 426);
+    assert_eq!(
+        body[1],
+        "it needs a connection that is upgraded to tagvisor-inspect"
+    );
+    assert_eq!(served.vmm.calls(), []);
 }
 
 #[test]

@@ -1,14 +1,19 @@
 //! A VMM that does nothing, writes down what it is asked, and answers as it is told.
 
+use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex};
 
+use mte::TagPage;
+use stream::{Metadata, Page, PageSource};
 use transport::Address;
 use vmm::config::MachineConfig;
 
 use crate::control::{
-    DebugRequest, Decision, MigrationReport, MigrationRequest, ReceptionRequest, Refusal,
+    DebugRequest, Decision, InspectRequest, MigrationReport, MigrationRequest, ReceptionRequest, Refusal,
     RestoreRequest, SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm,
 };
+use crate::inspection::Lease;
 
 /// One call.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +32,7 @@ pub enum Call {
     DecideMigration(Decision),
     Receive(ReceptionRequest),
     Debug(DebugRequest),
+    Inspect(InspectRequest),
     ShutDownVmm,
 }
 
@@ -168,8 +174,36 @@ impl Vmm for Double {
         Ok(listen)
     }
 
+    fn inspect(&self, request: InspectRequest) -> Result<Lease, Refusal> {
+        self.asked(Call::Inspect(request))?;
+        Ok(Lease {
+            ram: 0x40000..0x40000 + 16,
+            vcpus: Vec::new(),
+            pages: Box::new(NoPages),
+            file: None,
+            hold: None,
+        })
+    }
+
     fn shut_down_vmm(&self) {
         let _ = self.asked(Call::ShutDownVmm);
+    }
+}
+
+/// Memory that was never populated.
+struct NoPages;
+
+impl PageSource for NoPages {
+    fn metadata(&self) -> Metadata {
+        Metadata::ArmMte
+    }
+
+    fn next_run(&self, _: u64) -> io::Result<Option<Range<u64>>> {
+        Ok(None)
+    }
+
+    fn read(&self, _: u64, _: &mut [Page], _: &mut [TagPage]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

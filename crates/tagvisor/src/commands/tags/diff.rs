@@ -1,4 +1,4 @@
-//! `tagvisor tags diff`: what differs between two snapshots.
+//! `tagvisor tags diff`: what differs between two snapshots, a snapshot and a machine, or two machines.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -9,17 +9,19 @@ use serde::Serialize;
 
 use super::super::Result;
 use super::super::addresses::AddressRange;
-use super::super::target::Target;
+use super::super::target::{How, Target};
 use super::super::text::{count, table};
 use super::{finished, lines, printed};
 
-/// Which snapshots, and how to say it.
+/// Which two, and how to say it.
 #[derive(ClapArgs)]
 pub struct Args {
-    /// A snapshot
+    /// A machine's name, or a snapshot's file
     first: PathBuf,
     /// Another one
     second: PathBuf,
+    #[command(flatten)]
+    how: How,
     /// These guest-physical addresses alone, as START..END or START+SIZE
     #[arg(long, value_name = "RANGE")]
     range: Option<AddressRange>,
@@ -53,14 +55,14 @@ impl From<&Difference> for Line {
 }
 
 pub fn diff(args: &Args) -> Result {
-    let targets = [Target::open(&args.first)?, Target::open(&args.second)?];
-    let [mut first, mut second] = targets.each_ref().map(Target::memory);
+    let mut targets = Target::open_both(&args.first, &args.second, args.how)?;
+    let [mut first, mut second] = targets.each_mut().map(Target::memory);
     let range = args
         .range
         .as_ref()
         .map_or(0..u64::MAX, |range| range.0.clone());
     let mut out = lines();
-    let totals = differences(&mut first, &mut second, range, &mut |found| {
+    let totals = differences(&mut *first, &mut *second, range, &mut |found| {
         printed(match (args.summary, args.json) {
             (true, _) => Ok(()),
             (false, true) => serde_json::to_string(&Line::from(&found))

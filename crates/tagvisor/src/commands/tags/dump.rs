@@ -1,21 +1,20 @@
 //! `tagvisor tags dump`: the tags of a range, one by one.
 
 use std::io::{self, IsTerminal};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args as ClapArgs, ValueEnum};
 
 use super::super::Result;
 use super::super::addresses::Addresses;
-use super::super::target::Target;
+use super::super::target;
 use super::lines;
 
 /// Which memory, and in which form.
 #[derive(ClapArgs)]
 pub struct Args {
-    /// A snapshot
-    target: PathBuf,
+    #[command(flatten)]
+    target: target::Args,
     #[command(flatten)]
     addresses: Addresses,
     /// In which form
@@ -37,9 +36,9 @@ pub fn dump(args: &Args) -> Result {
     if args.format == Format::Binary && io::stdout().is_terminal() {
         return Err("a binary dump is not for a terminal: send it to a file".into());
     }
-    let target = Target::open(&args.target)?;
+    let mut target = args.target.open()?;
     let mut memory = target.memory();
-    let mut view = args.addresses.view(&mut memory)?;
+    let mut view = args.addresses.view(&mut *memory)?;
     let format = match args.format {
         Format::Text => inspect::Format::Text,
         Format::Binary => inspect::Format::Binary,

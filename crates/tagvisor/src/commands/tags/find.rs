@@ -2,7 +2,6 @@
 
 use std::io::Write;
 use std::ops::Range;
-use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 use inspect::{Gap, Wanted};
@@ -10,14 +9,14 @@ use mte::Tag;
 
 use super::super::Result;
 use super::super::addresses::{AddressRange, SpaceArgs, parse_address, parse_size};
-use super::super::target::Target;
+use super::super::target;
 use super::{finished, lines, printed};
 
 /// What to look for.
 #[derive(ClapArgs)]
 pub struct Args {
-    /// A snapshot
-    target: PathBuf,
+    #[command(flatten)]
+    target: target::Args,
     /// Granules with this tag, 0 to 15 or 0x0 to 0xf
     #[arg(long, value_name = "TAG", value_parser = parse_tag, required_unless_present = "pointer", conflicts_with_all = ["pointer", "length"])]
     tag: Option<Tag>,
@@ -44,19 +43,19 @@ fn parse_tag(text: &str) -> std::result::Result<Tag, String> {
 }
 
 pub fn find(args: &Args) -> Result {
-    let target = Target::open(&args.target)?;
+    let mut target = args.target.open()?;
     let mut memory = target.memory();
     let (wanted, range) = match (args.tag, args.pointer) {
         (Some(tag), _) => (Wanted::Tag(tag), args.range.as_ref().map(|it| it.0.clone())),
         (None, Some(pointer)) => {
-            let start = args.space.address_of(&memory, pointer)?;
+            let start = args.space.address_of(&*memory, pointer)?;
             let end = start.checked_add(args.length.max(1));
             let end = end.ok_or("it points behind all addresses")?;
             (Wanted::Mismatch(Tag::of_address(pointer)), Some(start..end))
         }
         (None, None) => return Err("give --tag or --pointer".into()),
     };
-    let mut view = args.space.view(&mut memory, range)?;
+    let mut view = args.space.view(&mut *memory, range)?;
     let mut out = lines();
     let mut found = 0;
     inspect::find(&mut view, wanted, &mut |range, what| {

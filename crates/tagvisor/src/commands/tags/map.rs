@@ -9,7 +9,7 @@ use inspect::{Colours, Grid, draw, write_png};
 
 use super::super::Result;
 use super::super::addresses::Addresses;
-use super::super::target::Target;
+use super::super::target;
 use super::{finished, lines};
 
 /// Cells of a row and rows of a picture, at most.
@@ -20,8 +20,8 @@ const LABEL_COLUMNS: usize = 16;
 /// Which memory, and where the picture goes.
 #[derive(ClapArgs)]
 pub struct Args {
-    /// A snapshot
-    target: PathBuf,
+    #[command(flatten)]
+    target: target::Args,
     #[command(flatten)]
     addresses: Addresses,
     /// Write the picture to this file, not to the terminal
@@ -50,9 +50,9 @@ enum Colour {
 }
 
 pub fn map(args: &Args) -> Result {
-    let target = Target::open(&args.target)?;
+    let mut target = args.target.open()?;
     let mut memory = target.memory();
-    let mut view = args.addresses.view(&mut memory)?;
+    let mut view = args.addresses.view(&mut *memory)?;
     let colours = colours(args);
     let (width, height) = match &args.png {
         Some(_) => (PNG_CELLS, PNG_CELLS),

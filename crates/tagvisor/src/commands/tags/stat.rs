@@ -1,7 +1,6 @@
 //! `tagvisor tags stat`: how much memory is tagged, and how.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args as ClapArgs;
@@ -9,14 +8,14 @@ use inspect::{Counts, Statistics};
 
 use super::super::Result;
 use super::super::addresses::Addresses;
-use super::super::target::Target;
+use super::super::target;
 use super::super::text::{bytes, count, table};
 
 /// Which memory, and how to say it.
 #[derive(ClapArgs)]
 pub struct Args {
-    /// A snapshot
-    target: PathBuf,
+    #[command(flatten)]
+    target: target::Args,
     #[command(flatten)]
     addresses: Addresses,
     /// Print JSON, for scripts
@@ -25,9 +24,9 @@ pub struct Args {
 }
 
 pub fn stat(args: &Args) -> Result {
-    let target = Target::open(&args.target)?;
+    let mut target = args.target.open()?;
     let mut memory = target.memory();
-    let mut view = args.addresses.view(&mut memory)?;
+    let mut view = args.addresses.view(&mut *memory)?;
     let statistics = Statistics::of(&mut view)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&statistics)?);
