@@ -155,11 +155,7 @@ pub fn write(memory: &mut dyn TaggedMemory, file: &File) -> error::Result<Summar
     let mut packed = Vec::new();
     memory.visit(0..u64::MAX, &mut |run| {
         pages += run.data.len() as u64;
-        for (data, page) in run.data.iter().zip(run.first..) {
-            if candidates.len() < MAX_CANDIDATES && vmcoreinfo_len(data).is_some() {
-                candidates.push(page);
-            }
-        }
+        add_candidates(&run, &mut candidates);
         layout
             .write(&run, &mut packed, file)
             .map_err(output("write the core"))
@@ -445,6 +441,30 @@ fn floating_point(vcpu: &VcpuState) -> Option<[u8; FPSIMD_LEN]> {
         to.copy_from_slice(&(registers::value(vcpu, id)? as u32).to_le_bytes());
     }
     Some(state)
+}
+
+/// The guest's VMCOREINFO, if its memory has exactly one.
+///
+/// # Errors
+/// Whatever keeps the memory from being read.
+pub(crate) fn vmcoreinfo_of(memory: &mut dyn TaggedMemory) -> error::Result<Option<Vec<u8>>> {
+    let mut candidates = Vec::new();
+    memory.visit(0..u64::MAX, &mut |run| {
+        add_candidates(&run, &mut candidates);
+        Ok(())
+    })?;
+    let mut found = vmcoreinfo(memory, &candidates)?;
+    let only = found.pop();
+    Ok(only.filter(|_| found.is_empty()))
+}
+
+/// Adds the pages of a run that begin as a VMCOREINFO does.
+fn add_candidates(run: &Run<'_>, candidates: &mut Vec<u64>) {
+    for (data, page) in run.data.iter().zip(run.first..) {
+        if candidates.len() < MAX_CANDIDATES && vmcoreinfo_len(data).is_some() {
+            candidates.push(page);
+        }
+    }
 }
 
 /// The length of the VMCOREINFO that the note at the beginning of this page says it has, if it is such a note. Linux keeps

@@ -14,11 +14,14 @@
 #![forbid(unsafe_code)]
 
 pub mod core;
+mod death;
 mod diff;
 mod dump;
 mod error;
+mod exception;
 mod find;
 pub mod gdb;
+mod kernel_log;
 mod map;
 mod memory;
 mod palette;
@@ -32,10 +35,13 @@ mod terminal;
 mod view;
 pub mod walk;
 
+pub use death::{Death, End};
 pub use diff::{Change, Difference, Totals, differences};
 pub use dump::{Format, dump};
 pub use error::{Error, Result};
+pub use exception::{Exception, Kind, Report};
 pub use find::{Wanted, find};
+pub use kernel_log::kernel_log;
 pub use map::{Cell, Grid};
 pub use memory::{TaggedMemory, Visitor};
 pub use palette::{Colour, HOLE, NO_MEMORY, colour_of, tag_colour};

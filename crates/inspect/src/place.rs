@@ -73,7 +73,7 @@ impl Place {
     ) -> Result<Self> {
         let (address, physical) = match &mut walker {
             None => {
-                let address = pointer & (PAGE << 40) - 1;
+                let address = pointer & ((PAGE << 40) - 1);
                 (address, Some(address))
             }
             Some(walker) => {

@@ -5,6 +5,7 @@
 //! interrupts the machine's wait, and waits for the answer. What is known of the machine stands beside
 //! the queue, so that a question is answered at once, whatever the machine's thread does.
 
+mod death;
 mod debug;
 mod inspection;
 mod migration;
@@ -573,6 +574,7 @@ where
 
     /// The machine's run came back. Returns how the VMM ends, if it does.
     fn act_on(&mut self, outcome: Result<Ending, Error>) -> Result<Option<Ending>, Error> {
+        self.tell_death(&outcome);
         match outcome {
             Ok(Ending::Interrupted) => Ok(None),
             Ok(Ending::Asked) => Ok(Some(Ending::Asked)),

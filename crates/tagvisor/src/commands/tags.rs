@@ -3,6 +3,7 @@
 mod at;
 mod diff;
 mod dump;
+mod faults;
 mod find;
 mod map;
 mod stat;
@@ -30,6 +31,8 @@ enum Question {
     Find(find::Args),
     /// Where a pointer points: the tags and the data there.
     At(at::Args),
+    /// The last exception of each vCPU, and the panic of the kernel.
+    Faults(faults::Args),
     /// What differs between two snapshots, or a snapshot and a machine: data, tags, or both.
     Diff(diff::Args),
 }
@@ -45,6 +48,7 @@ pub fn tags(args: &Args) -> super::Result {
         Question::Dump(args) => dump::dump(args),
         Question::Find(args) => find::find(args),
         Question::At(args) => at::at(args),
+        Question::Faults(args) => faults::faults(args),
         Question::Diff(args) => diff::diff(args),
     }
 }
