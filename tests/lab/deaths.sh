@@ -14,6 +14,12 @@ grep -qF "pointer $pointer, tag b, is guest-physical" payload.err || fail "the p
 grep -qF 'memory tag 5: they do not match' payload.err || fail 'the tags are not told'
 grep -qF ' 0 1 2 3 4[5]6 7 8 9 a b c' payload.err || fail 'the tags around it are not told'
 
+# A vCPU that cannot go on.
+timeout $LIMIT tagvisor run --name stuck --no-reboot --flat "$LAB/bin/tag-fault.bin" --cmdline end=stuck --console "file=$OUT/stuck.console" \
+    < /dev/null 2> stuck.err || echo "status $?"
+cat stuck.err
+grep -q 'vCPU 0 stands at 0x[0-9a-f]* in EL1' stuck.err || fail 'where it stands is not told'
+
 # A kernel that panics on purpose.
 linux panics trixie --cpus 2 --memory 512M -- 'echo c > /proc/sysrq-trigger' || echo "status $?"
 console_has panics 'the guest died: its kernel panicked: sysrq triggered crash'

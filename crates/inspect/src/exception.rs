@@ -129,7 +129,7 @@ impl fmt::Display for Kind {
 /// Arm ARM, ESR_EL1.EC.
 const fn class_in_words(class: u8) -> Option<&'static str> {
     Some(match class {
-        0x00 => "an instruction that is undefined, or a cause that is not known",
+        0x00 => "none, an undefined instruction, or one whose cause is not known",
         0x07 => "an access to registers of SIMD, SVE or floating point that is off",
         0x0d => "a branch to where none may go (BTI)",
         0x0e => "an illegal execution state",

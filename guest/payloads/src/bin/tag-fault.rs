@@ -1,5 +1,6 @@
 //! The payload `tag-fault`: writes by a pointer whose tag is not that of memory, and has a handler that resets the machine, as a kernel
-//! that panics does. It says which pointer, so that what the VMM says of its death can be compared.
+//! that panics does. It says which pointer, so that what the VMM says of its death can be compared. With `end=stuck` it reads two registers
+//! of a device at once instead, which no hypervisor can take apart: its vCPU cannot go on.
 #![cfg_attr(all(target_arch = "aarch64", panic = "abort"), no_std, no_main)]
 
 #[cfg(all(target_arch = "aarch64", panic = "abort"))]
@@ -28,7 +29,11 @@ mod tag_fault {
     "#
     );
 
-    pub fn run(_: &Machine, _: &mut Report) {
+    pub fn run(machine: &Machine, _: &mut Report) {
+        if machine.argument("end") == Some("stuck") {
+            // SAFETY: where the serial port is no Rust object lies.
+            unsafe { asm!("ldp x1, x2, [{0}]", in(reg) 0x0900_0000_u64, out("x1") _, out("x2") _) };
+        }
         for granule in 0..16 {
             PAGE.set_tag(granule, Tag::from_low_bits(granule));
         }
