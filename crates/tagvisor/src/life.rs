@@ -40,8 +40,8 @@ use self::debug::{Door, Session};
 use self::migration::{Attended, Between};
 pub use self::migration::{ReceiveError, Reception};
 use crate::control::{
-    DebugRequest, Decision, InspectRequest, MigrationReport, MigrationRequest, ReceptionRequest, Refusal,
-    RestoreRequest, SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm, Work,
+    DebugRequest, Decision, InspectRequest, MigrationReport, MigrationRequest, ReceptionRequest,
+    Refusal, RestoreRequest, SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm, Work,
 };
 use crate::inspection::Lease;
 

@@ -10,8 +10,8 @@ use transport::Address;
 use vmm::config::MachineConfig;
 
 use crate::control::{
-    DebugRequest, Decision, InspectRequest, MigrationReport, MigrationRequest, ReceptionRequest, Refusal,
-    RestoreRequest, SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm,
+    DebugRequest, Decision, InspectRequest, MigrationReport, MigrationRequest, ReceptionRequest,
+    Refusal, RestoreRequest, SnapshotReport, SnapshotRequest, VmInfo, VmState, Vmm,
 };
 use crate::inspection::Lease;
 
