@@ -191,7 +191,7 @@ impl Receiver {
         Arrived { hello, greeted }: Arrived,
         guest: &mut G,
     ) -> Result<(Link, u8, Session)> {
-        let Purpose::Migrate { pages } = hello.purpose else {
+        let Purpose::Migrate { pages, post_copy } = hello.purpose else {
             greeted.refuse("that migration has ended here".into());
             return Err(Error::State("a link came without a migration".into()));
         };
@@ -222,7 +222,13 @@ impl Receiver {
             offer => offer?,
         };
         drop(deadline);
-        match guest.accept(&offer, metadata) {
+        let accepted = guest
+            .accept(&offer, metadata)
+            .and_then(|()| match post_copy {
+                true => guest.fetches().map(drop),
+                false => Ok(()),
+            });
+        match accepted {
             Ok(()) => Ok((control, pages, hello.session)),
             Err(reason) => {
                 let reason = reason.to_string();
@@ -256,7 +262,7 @@ impl Receiver {
         guest: &mut G,
         progress: &Progress,
     ) -> Result<(PageSet, Option<Arc<Peer>>)> {
-        // Whether it can fetch pages is told when it would have to.
+        // Whether it can fetch pages matters to a source that may leave some behind, which knows it already.
         let fetches = guest.fetches();
         let requests = fetches.as_ref().copied().unwrap_or(1);
         control.say(&Word::Accept { requests })?;

@@ -230,6 +230,7 @@ impl<G: Departing> Leaving<'_, G> {
         let offer = self.guest.offer().map_err(Error::Machine)?;
         let mut control = self.open(Purpose::Migrate {
             pages: self.options.connections.get(),
+            post_copy: self.options.post_copy != PostCopy::Never,
         })?;
         for state in &offer {
             control.state(state)?;

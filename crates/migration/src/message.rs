@@ -75,6 +75,9 @@ pub enum Purpose {
     Migrate {
         /// How many links for pages will follow.
         pages: u8,
+        /// Whether pages may stay behind, and the guest is to be refused where they cannot be fetched.
+        #[serde(default)]
+        post_copy: bool,
     },
     /// Pages, from the source.
     Pages,
@@ -238,7 +241,10 @@ mod tests {
             protocol: PROTOCOL,
             tagvisor: "1".into(),
             session: Session(u128::MAX - 1),
-            purpose: Purpose::Migrate { pages: 3 },
+            purpose: Purpose::Migrate {
+                pages: 3,
+                post_copy: false,
+            },
         });
         let json = serde_json::to_string(&hello).unwrap();
         assert_eq!(

@@ -243,6 +243,35 @@ fn a_machine_that_cannot_be_had_is_refused_by_name_and_the_next_one_is_taken() {
 }
 
 #[test]
+fn a_guest_that_may_leave_pages_behind_is_refused_where_they_cannot_be_fetched() {
+    for post_copy in [PostCopy::Auto, PostCopy::Now] {
+        let (network, door) = Network::new();
+        let mut guest = Leaver::new(1);
+        let mut comer = Comer::new(u64::MAX);
+        comer.fetch_refusal = Some("this host has no userfaultfd");
+        let mut there = destination(door, comer);
+        let line = Line(network);
+
+        let progress = Progress::default();
+        let error = kept(depart(&mut guest, &line, &options(post_copy), &progress));
+        assert_eq!(
+            error.to_string(),
+            "the destination refused: this host has no userfaultfd"
+        );
+        assert_eq!(progress.figures().pages_done, 0);
+
+        went(depart(
+            &mut guest,
+            &line,
+            &options(PostCopy::Never),
+            &progress,
+        ));
+        there.join();
+        assert!(same(&guest.memory, &there.memory));
+    }
+}
+
+#[test]
 fn a_destination_that_is_full_says_so_and_the_guest_stays() {
     let (network, door) = Network::new();
     let mut guest = Leaver::new(1);

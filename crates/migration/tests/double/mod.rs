@@ -239,6 +239,7 @@ pub struct Comer {
     sink: Arc<Sink>,
     pub refusal: Option<&'static str>,
     pub load_refusal: Option<&'static str>,
+    pub fetch_refusal: Option<&'static str>,
     pub filling: Option<Fetching>,
     /// A guest was offered that can be had.
     pub accepted: Arc<AtomicBool>,
@@ -253,6 +254,7 @@ impl Comer {
             }),
             refusal: None,
             load_refusal: None,
+            fetch_refusal: None,
             filling: None,
             accepted: Arc::default(),
         }
@@ -285,7 +287,10 @@ impl Arriving for Comer {
     }
 
     fn fetches(&self) -> Result<u8, MachineError> {
-        Ok(2)
+        match self.fetch_refusal {
+            Some(reason) => Err(reason.into()),
+            None => Ok(2),
+        }
     }
 
     fn load(

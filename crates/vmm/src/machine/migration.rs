@@ -79,6 +79,9 @@ pub enum Error {
         /// What the memory here has.
         here: Metadata,
     },
+    /// Pages cannot follow a guest that runs.
+    #[error("post-copy is not possible to this host: {0}; migrate without --postcopy")]
+    PostCopy(#[source] lazy::Unsupported),
     /// There is no machine yet.
     #[error("no machine was offered")]
     NotOffered,
@@ -314,7 +317,7 @@ where
     }
 
     fn fetches(&self) -> Result<u8, MachineError> {
-        lazy::support(self.sink().memory().plan())?;
+        lazy::support(self.sink().memory().plan()).map_err(Error::PostCopy)?;
         Ok(Threads::DEFAULT.all() as u8)
     }
 

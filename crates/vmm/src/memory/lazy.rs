@@ -67,35 +67,30 @@ pub enum Unsupported {
     /// Memory without a file.
     #[error(
         "the guest's memory is private, as this host's kernel refuses shared memory to a guest with MTE (it is older than \
-         Linux 6.2); restore it eagerly, without --lazy"
+         Linux 6.2)"
     )]
     PrivateMemory,
     /// Tags reached by the bulk copy.
     #[error(
         "the guest's tags are not reached by a tag mapping, and the bulk copy (--tag-access ioctl) would wait for the very page that it \
-         is to complete; use --tag-access alias or auto, or restore eagerly, without --lazy"
+         is to complete; use --tag-access alias or auto"
     )]
     TagCopy,
     /// Reserved huge pages.
     #[error(
-        "the guest's memory is of reserved huge pages, which come 2 MiB at once; run without --huge-pages, or restore eagerly, \
-         without --lazy"
+        "the guest's memory is of reserved huge pages, which come 2 MiB at once; run without --huge-pages"
     )]
     HugePages,
     /// Pages of 16 or 64 KiB.
-    #[error(
-        "this host's kernel has pages of {0} bytes, pages of {PAGE_SIZE} are needed; restore eagerly, without --lazy"
-    )]
+    #[error("this host's kernel has pages of {0} bytes, pages of {PAGE_SIZE} are needed")]
     HostPages(u64),
     /// No userfaultfd at all.
-    #[error(
-        "this host's kernel has no userfaultfd (CONFIG_USERFAULTFD); restore eagerly, without --lazy"
-    )]
+    #[error("this host's kernel has no userfaultfd (CONFIG_USERFAULTFD)")]
     NoUserfaultfd,
     /// No faults of the kernel.
     #[error(
         "this user may not handle page faults of the kernel: /dev/userfaultfd: {device}, and vm.unprivileged_userfaultfd is 0; \
-         allow the user to open /dev/userfaultfd, or run with CAP_SYS_PTRACE, or restore eagerly, without --lazy"
+         allow the user to open /dev/userfaultfd, or run with CAP_SYS_PTRACE"
     )]
     NotPermitted {
         /// Why the device could not be opened.
@@ -103,8 +98,7 @@ pub enum Unsupported {
     },
     /// A kernel that is too old.
     #[error(
-        "this host's kernel reports no minor faults on shared memory (it is older than Linux 5.14); restore eagerly, without \
-         --lazy"
+        "this host's kernel reports no minor faults on shared memory (it is older than Linux 5.14)"
     )]
     NoMinorFaults,
     /// The host refused.
@@ -136,7 +130,7 @@ pub fn support(plan: MemoryPlan) -> Result<(), Unsupported> {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It is impossible with this memory or on this host.
-    #[error("guest memory cannot be filled lazily: {0}")]
+    #[error("guest memory cannot be filled lazily: {0}; restore eagerly, without --lazy")]
     Unsupported(#[from] Unsupported),
     /// The source has tags and the guest has none, or the other way round.
     #[error(transparent)]
