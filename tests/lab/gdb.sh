@@ -4,7 +4,8 @@
 # been, also when a client sends garbage or vanishes; and a tag that gdb changes is one that the guest's program dies of.
 . "$(dirname "$0")/guests.bash"
 
-# A program with a tagged heap, which says where a piece of it is, looks at it again and again, and says so.
+# A program with a tagged heap, which says where a piece of it is, looks at it again and again, and says so. Its kernel has a
+# probe where it writes: a BRK of the guest's own.
 perl=$(command -v perl)
 mapfile -t libraries < <(ldd "$perl" | grep -o '/[^ ]*')
 mkdir guest
@@ -20,6 +21,11 @@ for (my $beat = 1;; $beat++) {
 END
 cat > guest/work << END
 grep -E ' (__arm64_sys_pselect6|jiffies_64)\$' /proc/kallsyms
+mount -t tracefs tracefs /sys/kernel/tracing
+cd /sys/kernel/tracing
+echo 'p:written __arm64_sys_write' > kprobe_events
+echo 1 > events/kprobes/written/enable
+(while :; do sed 's/^/kprobe /' kprobe_profile; sleep 1; done) &
 export GLIBC_TUNABLES=glibc.mem.tagging=3
 mte-checks tag-fault $perl /beat.pl
 END
@@ -42,6 +48,11 @@ first=$(printf '%x' $((0x$tag ^ 1)))
 second=$(printf '%x' $((0x$tag ^ 2)))
 echo "pselect6 $select, jiffies $jiffies, buffer $buffer"
 
+# hits: how often the probe was come to, as the guest said last.
+hits() {
+    sed -n 's/^kprobe *written *\([0-9]*\) .*/\1/p' "$OUT/web.console" | tail -n 1
+}
+
 # beats_on WHO: the guest's program goes on.
 beats_on() {
     local before
@@ -52,7 +63,7 @@ beats_on() {
 
 # gdb_does NAME: what standard input says is done by gdb.
 gdb_does() {
-    { printf 'set pagination off\nset confirm off\nset remotetimeout 60\n'; cat; } > "$1.gdb"
+    { printf 'set pagination off\nset confirm off\nset remotetimeout 60\nset trace-commands on\n'; cat; } > "$1.gdb"
     timeout $LIMIT gdb -nx -q -batch -x "$1.gdb" > "$OUT/$1.gdb.out" 2>&1 ||
         fail "$1: gdb ended with status $?: $(tail -n 20 "$OUT/$1.gdb.out")"
 }
@@ -66,6 +77,8 @@ tagvisor gdb web --listen tcp://127.0.0.1:0 --json > listen.json
 [ ! -e gdb.sock ] || fail 'the door before is still there'
 port=$(jq -r .listen listen.json | sed 's/.*://')
 
+wait_for_console web 'written ' $machine
+before=$(hits)
 gdb_does session << END
 target remote 127.0.0.1:$port
 info threads
@@ -96,6 +109,8 @@ printf "at the software breakpoint: %d\n", \$pc == $select
 x/1xw $select
 continue
 printf "at it again: %d\n", \$pc == $select
+continue 4
+printf "four times more: %d\n", \$pc == $select
 stepi
 printf "stepped off it: %d\n", \$pc == $select + 4
 delete
@@ -121,11 +136,14 @@ says session "^\\\$[0-9]+ = 0x$second\$"
 says session "Logical tag .* does not match the allocation tag \(0x$first\)"
 says session '^at the software breakpoint: 1'
 says session '^at it again: 1'
+says session '^four times more: 1'
 says session '^stepped off it: 1'
 says session 'Hardware watchpoint .*jiffies|Hardware watchpoint [0-9]+: \*\(unsigned long'
 says session '^New value = [0-9]+'
 says session 'detached\]'
 beats_on 'a session'
+sleep 2
+[ "$(hits)" -gt "$before" ] || fail "the guest's probe was hit $before times before gdb came and $(hits) times since"
 
 # Garbage, and clients that vanish: with a breakpoint set, at the breakpoint, while the guest runs.
 head -c 100000 /dev/urandom | timeout 20 socat - "TCP:127.0.0.1:$port" > /dev/null || true
