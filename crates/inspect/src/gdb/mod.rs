@@ -2,7 +2,7 @@
 //!
 //! [`serve`] speaks with one client until it detaches or is gone. What it debugs is a [`Debuggee`], whose vCPUs stand at the
 //! beginning and at the end, without a trace of the client's breakpoints. The protocol is gdbstub's; packets that it does not
-//! know come past it ([`wire`](self) takes them out of the stream): those of memory tags ([`memory_tags`]).
+//! know are taken out of the stream before it (`wire.rs`): those of memory tags ([`memory_tags`]).
 //!
 //! The guest's own BRK instructions stay the guest's: where a debugger has BRK instructions of its own in memory, the hypervisor
 //! lets all of them out, and those that are not the debugger's are given back as the exceptions that they would have been.
