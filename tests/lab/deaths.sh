@@ -23,6 +23,7 @@ grep -q 'vCPU 0 stands at 0x[0-9a-f]* in EL1' stuck.err || fail 'where it stands
 # A kernel that panics on purpose.
 linux panics trixie --cpus 2 --memory 512M -- 'echo c > /proc/sysrq-trigger' || echo "status $?"
 console_has panics 'the guest died: its kernel panicked: sysrq triggered crash'
+console_has panics 'vCPU 1 stands at 0x'
 grep -A 20 'the guest died' "$OUT/panics.console"
 
 # The first program of a guest dies of a tag fault on its tagged heap, and the kernel with it.

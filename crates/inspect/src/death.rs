@@ -34,6 +34,8 @@ pub struct Death {
     panic: Option<String>,
     /// The exceptions that can have to do with it.
     exceptions: Vec<Report>,
+    /// vCPUs with no such exception, and what their registers say.
+    others: Vec<(usize, Exception)>,
 }
 
 impl Death {
@@ -48,15 +50,21 @@ impl Death {
         };
         let said = log.iter().rev().find_map(|line| line.split_once(PANIC));
         let panic = said.map(|(_, words)| words.to_owned());
-        let mut exceptions = Vec::new();
+        let (mut exceptions, mut others) = (Vec::new(), Vec::new());
         for vcpu in 0..memory.vcpus().len() {
             let exception = Exception::of(&memory.vcpus()[vcpu])?;
             if has_to_do(&exception, end, panic.is_some()) {
                 exceptions.push(Report::of(memory, vcpu)?);
+            } else {
+                others.push((vcpu, exception));
             }
         }
         let died = panic.is_some() || !exceptions.is_empty();
-        Ok(died.then_some(Self { panic, exceptions }))
+        Ok(died.then_some(Self {
+            panic,
+            exceptions,
+            others,
+        }))
     }
 }
 
@@ -75,7 +83,7 @@ fn has_to_do(exception: &Exception, end: End, panicked: bool) -> bool {
     match (end, exception.kind()) {
         (End::Stuck, _) => true,
         (End::Asked, Kind::TagCheck { .. }) => panicked || is_of_kernel,
-        (End::Asked, Kind::Call) => false,
+        (End::Asked, Kind::Call | Kind::None) => false,
         (End::Asked, _) => panicked && is_of_kernel,
     }
 }
@@ -89,6 +97,9 @@ impl fmt::Display for Death {
         }
         for report in &self.exceptions {
             write!(f, "\n{report}")?;
+        }
+        for (vcpu, exception) in &self.others {
+            write!(f, "\nvCPU {vcpu} stands at {}", exception.stand())?;
         }
         Ok(())
     }

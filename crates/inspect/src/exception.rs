@@ -56,6 +56,8 @@ pub enum Kind {
     Breakpoint(u16),
     /// A system call, which is no fault.
     Call,
+    /// There was none: the register holds what no exception leaves in it.
+    None,
     /// Anything else: its class.
     Other(u8),
 }
@@ -63,6 +65,10 @@ pub enum Kind {
 impl Kind {
     /// What an `ESR_EL1` says.
     pub const fn of(syndrome: u64) -> Self {
+        // These bits are 0 in all that a CPU writes. KVM begins a vCPU with others.
+        if syndrome >> 56 != 0 {
+            return Self::None;
+        }
         if let Some(fault) = TagCheckFaultSyndrome::from_esr(syndrome) {
             return Self::TagCheck { write: fault.write };
         }
@@ -118,6 +124,7 @@ impl fmt::Display for Kind {
             ),
             Self::Breakpoint(number) => write!(f, "BRK {number:#x}"),
             Self::Call => f.write_str("a system call"),
+            Self::None => f.write_str("none"),
             Self::Other(class) => match class_in_words(*class) {
                 Some(words) => f.write_str(words),
                 None => write!(f, "an exception of class {class:#x}"),
@@ -129,7 +136,7 @@ impl fmt::Display for Kind {
 /// Arm ARM, ESR_EL1.EC.
 const fn class_in_words(class: u8) -> Option<&'static str> {
     Some(match class {
-        0x00 => "none, an undefined instruction, or one whose cause is not known",
+        0x00 => "an undefined instruction, or one whose cause is not known",
         0x07 => "an access to registers of SIMD, SVE or floating point that is off",
         0x0d => "a branch to where none may go (BTI)",
         0x0e => "an illegal execution state",
@@ -169,6 +176,12 @@ const ELR_EL1: RegisterId = RegisterId::from_kvm(0x6030_0000_0010_0046);
 const TFSR_EL1: RegisterId = RegisterId::system(3, 0, 5, 6, 0);
 const TFSRE0_EL1: RegisterId = RegisterId::system(3, 0, 5, 6, 1);
 
+/// The faults that a `TFSR` has: none if it was never written, and so has what KVM begins it with.
+fn tag_faults(vcpu: &VcpuState, id: RegisterId) -> Tfsr {
+    let bits = registers::value(vcpu, id).unwrap_or(0);
+    Tfsr::from_bits(if bits <= 0b11 { bits } else { 0 })
+}
+
 impl Exception {
     /// What the registers of a vCPU say.
     ///
@@ -182,9 +195,13 @@ impl Exception {
             syndrome: must_have(vcpu, ESR_EL1, "ESR_EL1")?,
             address: must_have(vcpu, FAR_EL1, "FAR_EL1")?,
             at: must_have(vcpu, ELR_EL1, "ELR_EL1")?,
-            asynchronous: asynchronous
-                .map(|id| Tfsr::from_bits(registers::value(vcpu, id).unwrap_or(0))),
+            asynchronous: asynchronous.map(|id| tag_faults(vcpu, id)),
         })
+    }
+
+    /// Where the vCPU stands, in words.
+    pub(crate) fn stand(&self) -> String {
+        format!("{:#x} in EL{}", self.pc, self.pstate >> 2 & 3)
     }
 
     /// What it was.
@@ -248,7 +265,6 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let exception = &self.exception;
-        let level = exception.pstate >> 2 & 3;
         let below = if exception.is_from_below() {
             "EL0"
         } else {
@@ -256,14 +272,20 @@ impl fmt::Display for Report {
         };
         write!(
             f,
-            "vCPU {} stands at {:#x} in EL{level}; its last exception was {}\nESR_EL1 {:#x}",
+            "vCPU {} stands at {}; its last exception was {}\nESR_EL1 {:#x}",
             self.vcpu,
-            exception.pc,
+            exception.stand(),
             exception.kind(),
             exception.syndrome,
         )?;
         match exception.kind() {
-            Kind::Call => {}
+            Kind::Call | Kind::None => {}
+            // Programs have the lower half of addresses.
+            _ if exception.is_from_below()
+                && VaRange::of_address(exception.at) == VaRange::Upper =>
+            {
+                f.write_str(", from EL0; ELR_EL1 is of an interrupt that came since")?;
+            }
             _ => write!(
                 f,
                 ", from {below} at {:#x} unless an interrupt came since (ELR_EL1)",
@@ -320,6 +342,11 @@ mod tests {
         );
         assert!(Kind::of(0xf200_0932).to_string().contains("KASAN"));
         assert_eq!(Kind::of(0xf200_0001).to_string(), "BRK 0x1");
+    }
+
+    #[test]
+    fn what_kvm_begins_a_vcpu_with_is_no_exception() {
+        assert_eq!(Kind::of(0x1de7_ec7e_dbad_c0de), Kind::None);
     }
 
     #[test]

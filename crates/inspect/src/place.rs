@@ -29,9 +29,9 @@ pub struct Place {
     /// Where it is; none if it is not mapped.
     #[serde(serialize_with = "maybe_hexadecimal")]
     pub physical: Option<u64>,
-    /// Bits 59 to 56 of the pointer.
+    /// Bits 59 to 56 of the pointer; none if they are no tag.
     #[serde(serialize_with = "number")]
-    pub pointer_tag: Tag,
+    pub pointer_tag: Option<Tag>,
     /// Those of the 16 granules around it, none where nothing is populated or no tags are.
     #[serde(serialize_with = "numbers")]
     pub tags: Vec<Option<Tag>>,
@@ -53,8 +53,8 @@ fn maybe_hexadecimal<S: Serializer>(value: &Option<u64>, to: S) -> Result<S::Ok,
     }
 }
 
-fn number<S: Serializer>(tag: &Tag, to: S) -> Result<S::Ok, S::Error> {
-    to.serialize_u8(tag.value())
+fn number<S: Serializer>(tag: &Option<Tag>, to: S) -> Result<S::Ok, S::Error> {
+    tag.map(Tag::value).serialize(to)
 }
 
 fn numbers<S: Serializer>(tags: &[Option<Tag>], to: S) -> Result<S::Ok, S::Error> {
@@ -84,6 +84,10 @@ impl Place {
                 }
             }
         };
+        let pointer_tag = match &walker {
+            Some(walker) => walker.pointer_tag(pointer),
+            None => (pointer >> 56 != 0).then(|| Tag::of_address(pointer)),
+        };
         let granule = address / GRANULE * GRANULE;
         let around =
             granule.saturating_sub(AROUND * GRANULE)..granule.saturating_add(AROUND * GRANULE);
@@ -103,7 +107,7 @@ impl Place {
             pointer,
             address,
             physical,
-            pointer_tag: Tag::of_address(pointer),
+            pointer_tag,
             tags: vec![None; ((end - first) / GRANULE) as usize],
             first,
             data: Vec::new(),
@@ -161,21 +165,23 @@ impl Place {
 /// Lines, the last without an end.
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "pointer {:#018x}, tag {}",
-            self.pointer, self.pointer_tag
-        )?;
-        match self.physical {
-            None => return f.write_str(", is mapped nowhere"),
-            Some(physical) => write!(f, ", is guest-physical {physical:#x}")?,
+        write!(f, "pointer {:#018x}", self.pointer)?;
+        if let Some(tag) = self.pointer_tag {
+            write!(f, ", tag {tag},")?;
         }
-        match self.memory_tag() {
-            None => f.write_str(
+        match self.physical {
+            None => return f.write_str(" is mapped nowhere"),
+            Some(physical) => write!(f, " is guest-physical {physical:#x}")?,
+        }
+        match (self.memory_tag(), self.pointer_tag) {
+            (None, _) => f.write_str(
                 ", where no tag is: nothing is populated there, or the guest has no tags",
             )?,
-            Some(tag) if tag == self.pointer_tag => write!(f, ", memory tag {tag}: they match")?,
-            Some(tag) => write!(f, ", memory tag {tag}: they do not match")?,
+            (Some(tag), None) => write!(f, ", memory tag {tag}")?,
+            (Some(tag), Some(pointer)) if tag == pointer => {
+                write!(f, ", memory tag {tag}: they match")?;
+            }
+            (Some(tag), Some(_)) => write!(f, ", memory tag {tag}: they do not match")?,
         }
         let here = (self.address - self.first) / GRANULE;
         write!(

@@ -9,7 +9,7 @@ use std::fmt;
 use std::ops::Range;
 
 use engine::VcpuState;
-use mte::{PageSize, TcrEl1, VaRange};
+use mte::{PageSize, Tag, TcrEl1, VaRange};
 use stream::{Page, ZERO_PAGE};
 
 use crate::error::{Error, Result};
@@ -342,6 +342,22 @@ impl Walker {
         let canonical = self.regime.of_address(address);
         let (address, _) = canonical.map_err(|fault| Error::Translation { address, fault })?;
         Ok(address)
+    }
+
+    /// The tag of a pointer; none if bits 59 to 56 are part of its address, as of a kernel's that does not check its own accesses.
+    /// With the MMU off, a top byte that is 0 has no tag.
+    pub const fn pointer_tag(&self, pointer: u64) -> Option<Tag> {
+        let range = VaRange::of_address(pointer);
+        let tcr = TcrEl1::from_bits(self.regime.tcr);
+        let has_tag = match self.regime.enabled {
+            true => tcr.tbi(range) || tcr.mtx(range),
+            false => pointer >> 56 != 0,
+        };
+        if has_tag {
+            Some(Tag::of_address(pointer))
+        } else {
+            None
+        }
     }
 
     /// The range of addresses that translation takes these for: both ends are in the same range of addresses.

@@ -28,6 +28,7 @@ where
             return;
         };
         match death_of(machine, end) {
+            Ok(Some(death)) if end == End::Stuck => tracing::error!("a vCPU cannot go on; {death}"),
             Ok(Some(death)) => tracing::error!("the guest died: {death}"),
             Ok(None) => {}
             Err(why) => tracing::debug!("what the guest died of is not known: {why}"),
