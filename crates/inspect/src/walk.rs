@@ -393,7 +393,8 @@ impl Walker {
         if !self.regime.enabled {
             return Ok(Extent::Mapped {
                 physical: address,
-                size: u64::MAX - address,
+                // All bytes to the last, that among them.
+                size: (u64::MAX - address).saturating_add(1),
             });
         }
         let failed = |fault| Error::Translation { address, fault };

@@ -135,6 +135,16 @@ fn a_kernels_log_is_read_from_its_memory() {
 }
 
 #[test]
+fn a_descriptor_that_was_used_again_has_no_old_record() {
+    let mut pages = logged(VMCOREINFO, &["one", "two", "three"]);
+    let place = (6 * DESCRIPTOR) as usize;
+    pages[2].1[place..place + 8].copy_from_slice(&(2 << 62 | 14_u64).to_le_bytes());
+    let snapshot = tagged(&[&pages]);
+    let log = kernel_log(&mut machine(&snapshot, CALL, 0), 100).unwrap();
+    assert_eq!(log.unwrap(), ["one", "three"]);
+}
+
+#[test]
 fn a_kernel_that_panicked_says_so() {
     let records = ["a", "Kernel panic - not syncing: on purpose\u{1b}[31m", "b"];
     let pages = logged(VMCOREINFO, &records);
