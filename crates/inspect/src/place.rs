@@ -136,14 +136,14 @@ impl Place {
             .zip((self.first..).step_by(GRANULE_SIZE))
         {
             if let Some(tags) = tags
-                && (at..at + PAGE).contains(&address)
+                && address / PAGE == at / PAGE
             {
                 *tag = Some(tags.get(mte::TagPage::index_of(address)));
             }
         }
         let start = self.address / GRANULE * GRANULE + self.data.len() as u64;
         let wanted = SHOWN - self.data.len() as u64;
-        if (at..at + PAGE).contains(&start) {
+        if start / PAGE == at / PAGE {
             let from = (start - at) as usize;
             let bytes = page[from..].iter().take(wanted as usize);
             self.data.extend(bytes);

@@ -344,20 +344,22 @@ impl Walker {
         Ok(address)
     }
 
-    /// The tag of a pointer; none if bits 59 to 56 are part of its address, as of a kernel's that does not check its own accesses.
-    /// With the MMU off, a top byte that is 0 has no tag.
+    /// The tag of a pointer; none if bits 59 to 56 are part of its address, or are the tag with which nothing is checked (`TCR_EL1.TCMA0`,
+    /// `TCMA1`), as Linux's own pointers have it. With the MMU off, a top byte that is 0 has no tag.
     pub const fn pointer_tag(&self, pointer: u64) -> Option<Tag> {
         let range = VaRange::of_address(pointer);
         let tcr = TcrEl1::from_bits(self.regime.tcr);
+        let tag = Tag::of_address(pointer);
+        let of_all = match range {
+            VaRange::Lower => 0,
+            VaRange::Upper => 0xf,
+        };
         let has_tag = match self.regime.enabled {
+            true if tcr.tcma(range) && tag.value() == of_all => false,
             true => tcr.tbi(range) || tcr.mtx(range),
             false => pointer >> 56 != 0,
         };
-        if has_tag {
-            Some(Tag::of_address(pointer))
-        } else {
-            None
-        }
+        if has_tag { Some(tag) } else { None }
     }
 
     /// The range of addresses that translation takes these for: both ends are in the same range of addresses.
