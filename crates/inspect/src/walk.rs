@@ -345,7 +345,7 @@ impl Walker {
     }
 
     /// The tag of a pointer; none if bits 59 to 56 are part of its address, or are the tag with which nothing is checked (`TCR_EL1.TCMA0`,
-    /// `TCMA1`), as Linux's own pointers have it. With the MMU off, a top byte that is 0 has no tag.
+    /// `TCMA1`), as pointers of a Linux with KASAN have it. With the MMU off, a top byte that is 0 has no tag.
     pub const fn pointer_tag(&self, pointer: u64) -> Option<Tag> {
         let range = VaRange::of_address(pointer);
         let tcr = TcrEl1::from_bits(self.regime.tcr);
