@@ -6,14 +6,14 @@ use std::process::ExitCode;
 use clap::Args as ClapArgs;
 use inspect::core::{Summary, Vmcoreinfo, save};
 
-use super::target;
+use super::target::TargetArgs;
 use super::text::{bytes, count};
 
 /// Which machine, and which file.
 #[derive(ClapArgs)]
 pub struct Args {
     #[command(flatten)]
-    target: target::Args,
+    target: TargetArgs,
     /// The file to write; an older one is replaced when the new one is complete
     file: PathBuf,
     /// Print JSON, for scripts

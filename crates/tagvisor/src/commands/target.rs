@@ -20,7 +20,7 @@ use crate::name;
 
 /// Which machine or snapshot.
 #[derive(ClapArgs)]
-pub struct Args {
+pub struct TargetArgs {
     /// A machine's name, or a snapshot's file; the path of a control socket is a machine's, too
     target: PathBuf,
     #[command(flatten)]
@@ -36,7 +36,7 @@ pub struct How {
     live: bool,
 }
 
-impl Args {
+impl TargetArgs {
     /// Opens what is meant.
     ///
     /// # Errors

@@ -5,13 +5,13 @@ use inspect::Place;
 
 use super::super::Result;
 use super::super::addresses::{SpaceArgs, parse_address};
-use super::super::target;
+use super::super::target::TargetArgs;
 
 /// Which pointer.
 #[derive(ClapArgs)]
 pub struct Args {
     #[command(flatten)]
-    target: target::Args,
+    target: TargetArgs,
     /// An address, with a tag in bits 59 to 56 or without: 0x0b00ffff12345670
     #[arg(value_parser = parse_address)]
     pointer: u64,

@@ -7,14 +7,14 @@ use clap::{Args as ClapArgs, ValueEnum};
 
 use super::super::Result;
 use super::super::addresses::Addresses;
-use super::super::target;
+use super::super::target::TargetArgs;
 use super::lines;
 
 /// Which memory, and in which form.
 #[derive(ClapArgs)]
 pub struct Args {
     #[command(flatten)]
-    target: target::Args,
+    target: TargetArgs,
     #[command(flatten)]
     addresses: Addresses,
     /// In which form

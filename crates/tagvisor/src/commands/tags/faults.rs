@@ -6,7 +6,7 @@ use clap::Args as ClapArgs;
 use inspect::{Death, End, kernel_log};
 
 use super::super::Result;
-use super::super::target;
+use super::super::target::TargetArgs;
 use super::super::text::printable;
 use super::{finished, lines};
 
@@ -14,7 +14,7 @@ use super::{finished, lines};
 #[derive(ClapArgs)]
 pub struct Args {
     #[command(flatten)]
-    target: target::Args,
+    target: TargetArgs,
     /// Print the last lines of the kernel's log before, so many
     #[arg(long, value_name = "LINES", default_value_t = 0)]
     log: usize,

@@ -9,14 +9,14 @@ use mte::Tag;
 
 use super::super::Result;
 use super::super::addresses::{AddressRange, SpaceArgs, parse_address, parse_size};
-use super::super::target;
+use super::super::target::TargetArgs;
 use super::{finished, lines, printed};
 
 /// What to look for.
 #[derive(ClapArgs)]
 pub struct Args {
     #[command(flatten)]
-    target: target::Args,
+    target: TargetArgs,
     /// Granules with this tag, 0 to 15 or 0x0 to 0xf
     #[arg(long, value_name = "TAG", value_parser = parse_tag, required_unless_present = "pointer", conflicts_with_all = ["pointer", "length"])]
     tag: Option<Tag>,

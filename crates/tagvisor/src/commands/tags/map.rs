@@ -9,7 +9,7 @@ use inspect::{Colours, Grid, draw, write_png};
 
 use super::super::Result;
 use super::super::addresses::Addresses;
-use super::super::target;
+use super::super::target::TargetArgs;
 use super::{finished, lines};
 
 /// Cells of a row and rows of a picture, at most.
@@ -21,7 +21,7 @@ const LABEL_COLUMNS: usize = 16;
 #[derive(ClapArgs)]
 pub struct Args {
     #[command(flatten)]
-    target: target::Args,
+    target: TargetArgs,
     #[command(flatten)]
     addresses: Addresses,
     /// Write the picture to this file, not to the terminal

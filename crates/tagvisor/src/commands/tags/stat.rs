@@ -8,14 +8,14 @@ use inspect::{Counts, Statistics};
 
 use super::super::Result;
 use super::super::addresses::Addresses;
-use super::super::target;
+use super::super::target::TargetArgs;
 use super::super::text::{bytes, count, table};
 
 /// Which memory, and how to say it.
 #[derive(ClapArgs)]
 pub struct Args {
     #[command(flatten)]
-    target: target::Args,
+    target: TargetArgs,
     #[command(flatten)]
     addresses: Addresses,
     /// Print JSON, for scripts
