@@ -5,7 +5,9 @@
 
 use libfuzzer_sys::fuzz_target;
 use mte::{Tag, TagPage};
-use tagcodec::{MAX_PAGE_LEN, decode_batch, decode_page, encode_batch, encode_page, max_batch_len};
+use tagcodec::{
+    Effort, Encoder, MAX_PAGE_LEN, decode_batch, decode_page, encode_page, max_batch_len,
+};
 
 /// More than two groups.
 const MOST_PAGES: usize = 140;
@@ -13,7 +15,8 @@ const MOST_PAGES: usize = 140;
 fuzz_target!(|input: &[u8]| {
     let pages = pages(input);
     pages.iter().for_each(alone);
-    together(&pages);
+    together(Effort::Full, &pages);
+    together(Effort::Least, &pages);
 });
 
 /// Two bytes are an instruction: a tag, what to do with it, and how often.
@@ -52,9 +55,11 @@ fn alone(page: &TagPage) {
     assert!(page.uniform().is_none() || len == 1);
 }
 
-fn together(pages: &[TagPage]) {
+fn together(effort: Effort, pages: &[TagPage]) {
     let mut coded = vec![0; max_batch_len(pages.len())];
-    let len = encode_batch(pages, &mut coded).expect("there is room");
+    let len = Encoder::new()
+        .batch_with(effort, pages, &mut coded)
+        .expect("there is room");
     let mut back = vec![TagPage::filled(Tag::MAX); pages.len()];
     assert_eq!(decode_batch(&coded[..len], &mut back), Ok(len));
     assert_eq!(back, pages);
