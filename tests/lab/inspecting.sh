@@ -7,7 +7,7 @@
 mkdir guest
 cat > guest/work << 'END'
 grep ' linux_banner$' /proc/kallsyms | sed 's/^/banner: /'
-exec tag-workload --memory 24M --pause 100
+exec tag-workload --memory 8M --pause 50
 END
 initrd_with trixie guest
 run=(tagvisor run --cpus 2 --memory 256M --no-reboot --kernel "$LAB/kernels/trixie/Image" --initrd guest.initrd
@@ -22,9 +22,9 @@ start() {
     wait_for_console "$name" ' 0 differences' $machine
 }
 
-# goes_on NAME: its workload finds its memory as it left it, three times more.
+# goes_on NAME: its workload finds its memory as it left it, twice more.
 goes_on() {
-    wait_for_console_times "$1" ' 0 differences' $(($(grep -c ' 0 differences' "$OUT/$1.console") + 3)) $machine
+    wait_for_console_times "$1" ' 0 differences' $(($(grep -c ' 0 differences' "$OUT/$1.console") + 2)) $machine
 }
 
 # agrees NAME: what is seen of the machine, which is paused, is what is in its snapshot.
@@ -37,10 +37,10 @@ agrees() {
     cmp "$1.core" saved.core
     rm "$1.core" saved.core
     tagvisor tags stat "$1.snapshot" > saved.stat
-    tagvisor tags dump "$1.snapshot" --range 0x40000000+16M > saved.dump
+    tagvisor tags dump "$1.snapshot" --range 0x40000000+4M > saved.dump
     for how in '' --live; do
         tagvisor tags stat "$1" $how | cmp - saved.stat
-        tagvisor tags dump "$1" $how --range 0x40000000+16M | cmp - saved.dump
+        tagvisor tags dump "$1" $how --range 0x40000000+4M | cmp - saved.dump
     done
     # Neither way around is there a difference.
     tagvisor tags diff "$1" "$1.snapshot" --json | tail -n 1 > same

@@ -1,11 +1,11 @@
 #!/bin/bash
 # lab: cpus=2 memory=4G timeout=600
-# Something breaks while a guest is on its way from process to process, FAULTS times (4 if it is not said), at instants that SEED decides:
+# Something breaks while a guest is on its way from process to process, FAULTS times (3 if it is not said), at instants that SEED decides:
 # either process is killed, the link is cut, or it is cancelled. Never do two run the guest; it is lost only with the process that
 # has it; and wherever it goes on, its 4 CPUs find every tag and byte that they wrote.
 . "$(dirname "$0")/guests.bash"
 
-faults=${FAULTS:-4}
+faults=${FAULTS:-3}
 seed=${SEED:-$((16#$(od -An -N2 -tx2 /dev/urandom | tr -d ' ')))}
 echo "seed $seed"
 RANDOM=$seed
