@@ -172,13 +172,17 @@ fn no_mte() -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::MemfdFlags;
+
     use super::*;
 
     const FIRST: u64 = RAM_START / PAGE_SIZE;
 
     /// 16 pages, of which 4 and 5 are populated.
     fn memory() -> MemoryFile {
-        let file = crate::memory::file::of_size(16 * PAGE_SIZE, false).unwrap();
+        // Of small pages, whatever the host makes the memory of guests of.
+        let file = File::from(rustix::fs::memfd_create("outside", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(16 * PAGE_SIZE).unwrap();
         file.write_all_at(&[7; 2 * PAGE_SIZE as usize], 4 * PAGE_SIZE)
             .unwrap();
         MemoryFile::new(file, 16 * PAGE_SIZE, false).unwrap()
