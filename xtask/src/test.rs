@@ -230,8 +230,8 @@ fn count(
 
 /// The figures in a summary line of cargo's or nextest's.
 fn summary(line: &str) -> Tally {
-    let line = line.trim_start();
-    if !line.starts_with("test result:") && !line.starts_with("Summary [") {
+    // nextest shows what a failed test printed, indented: its own summary is not another one.
+    if !line.starts_with("test result:") && !line.trim_start().starts_with("Summary [") {
         return Tally::default();
     }
     let words: Vec<&str> = line
@@ -458,6 +458,12 @@ impl Write for Output {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_failed_test_printed_is_no_summary() {
+        let printed = "    test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured";
+        assert_eq!(summary(printed), Tally::default());
+    }
 
     #[test]
     fn cargos_summary_is_counted() {
