@@ -54,6 +54,19 @@ agrees() {
     echo "$1: seen as saved, $SECONDS s; changed: $(cat changed)"
 }
 
+# looks NAME: process $reader looks at the machine, and does not go on; the guest stands still, for that process by name.
+looks() {
+    tagvisor tags dump "$1" --range 0x40000000+256M > stuck &
+    reader=$!
+    until tagvisor info "$1" | grep -q "paused because  *process $reader looks at its memory"; do sleep 0.1; done
+}
+
+# leaves: whoever looks is killed.
+leaves() {
+    kill -KILL $reader
+    ended_as 137 $reader
+}
+
 start web
 agrees web
 goes_on web
@@ -86,52 +99,40 @@ refused 1 'virtual addresses need a range' tagvisor tags stat web --vcpu 0
 # Whoever looks and does not go on keeps the guest, and is named; killed, it does not.
 mkfifo stuck
 exec 3<> stuck
-tagvisor tags dump web --range 0x40000000+256M > stuck &
-reader=$!
-until tagvisor info web | grep -q "paused because  *process $reader looks at its memory"; do sleep 0.1; done
+looks web
 grep VmHWM /proc/$reader/status
 [ "$(awk '/VmHWM/ { print $2 }' /proc/$reader/status)" -le 65536 ] || fail 'the reader has more than 64 MiB of memory'
 lines=$(grep -c ' 0 differences' "$OUT/web.console")
 sleep 2
 [ "$(grep -c ' 0 differences' "$OUT/web.console")" -le $((lines + 1)) ] || fail 'the guest ran while it was looked at'
-kill -KILL $reader
-ended_as 137 $reader
+leaves
 exec 3<&-
 goes_on web
 tagvisor info web | grep -q '^state  *Running' || fail "it does not run: $(tagvisor info web)"
 
 # What is wanted of the machine meanwhile waits for its turn.
 exec 3<> stuck
-tagvisor tags dump web --range 0x40000000+256M > stuck &
-reader=$!
-until tagvisor info web | grep -q 'looks at its memory'; do sleep 0.1; done
+looks web
 tagvisor snapshot web waited.snapshot &
 waiting=$!
 sleep 1
 kill -0 $waiting || fail 'a snapshot did not wait for whoever looked'
-kill -KILL $reader
-ended_as 137 $reader
+leaves
 ended_as 0 $waiting
 goes_on web
 
 # But for its end.
-tagvisor tags dump web --range 0x40000000+256M > stuck &
-reader=$!
-until tagvisor info web | grep -q 'looks at its memory'; do sleep 0.1; done
+looks web
 timeout 20 tagvisor stop web
 ended_as 3 $machine
-kill -KILL $reader
-ended_as 137 $reader
+leaves
 
 # Killed outright while it is looked at.
 start web
-tagvisor tags dump web --range 0x40000000+256M > stuck &
-reader=$!
-until tagvisor info web | grep -q 'looks at its memory'; do sleep 0.1; done
+looks web
 timeout 20 tagvisor kill web
 ended_as 137 $machine
-kill -KILL $reader
-ended_as 137 $reader
+leaves
 exec 3<&-
 
 # Names, files, and neither.

@@ -12,7 +12,7 @@ use mte::{TagCheckFaultSyndrome, Tfsr, VaRange};
 use crate::error::{Error, Result};
 use crate::memory::TaggedMemory;
 use crate::place::Place;
-use crate::registers::{self, must_have};
+use crate::registers::{self, ESR_EL1, FAR_EL1, TFSR_EL1, TFSRE0_EL1, must_have};
 use crate::walk::{Regime, Walker};
 
 /// What a vCPU's registers say of the last exception that it took to EL1.
@@ -170,12 +170,6 @@ const fn abort(status: u8) -> &'static str {
     }
 }
 
-const ESR_EL1: RegisterId = RegisterId::system(3, 0, 5, 2, 0);
-const FAR_EL1: RegisterId = RegisterId::system(3, 0, 6, 0, 0);
-const ELR_EL1: RegisterId = RegisterId::from_kvm(0x6030_0000_0010_0046);
-const TFSR_EL1: RegisterId = RegisterId::system(3, 0, 5, 6, 0);
-const TFSRE0_EL1: RegisterId = RegisterId::system(3, 0, 5, 6, 1);
-
 /// The faults that a `TFSR` has: none if it was never written, and so has what KVM begins it with.
 fn tag_faults(vcpu: &VcpuState, id: RegisterId) -> Tfsr {
     let bits = registers::value(vcpu, id).unwrap_or(0);
@@ -194,7 +188,7 @@ impl Exception {
             pstate: must_have(vcpu, RegisterId::PSTATE, "PSTATE")?,
             syndrome: must_have(vcpu, ESR_EL1, "ESR_EL1")?,
             address: must_have(vcpu, FAR_EL1, "FAR_EL1")?,
-            at: must_have(vcpu, ELR_EL1, "ELR_EL1")?,
+            at: must_have(vcpu, RegisterId::ELR_EL1, "ELR_EL1")?,
             asynchronous: asynchronous.map(|id| tag_faults(vcpu, id)),
         })
     }

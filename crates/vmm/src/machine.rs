@@ -440,6 +440,11 @@ where
         Some(tag_store(self.memory.clone(), self.vm.clone()))
     }
 
+    /// The guest's pages, with their tags if it has any.
+    pub fn pages(&self) -> GuestPages {
+        GuestPages::new(self.memory.clone(), self.tags())
+    }
+
     /// Tells the guest, once it runs, that others may go on from the state that it was restored from: its kernel then draws
     /// other random numbers than theirs. For every restore and clone; a guest that migrated is still the only one.
     ///

@@ -15,7 +15,6 @@ use vmm::console::{Console, ConsoleConfig};
 use vmm::layout::RAM_START;
 use vmm::machine::{Ending, Error, Machine, MachineState, cpu};
 use vmm::memory::TagAccess;
-use vmm::memory::pages::GuestPages;
 
 const COUNTER: u64 = RAM_START + (16 << 20);
 /// Tells the guest that it may go on from five.
@@ -114,8 +113,8 @@ fn run_to_five(machine: &mut Machine<ModelHypervisor>) {
 /// All pages that there are, data and tags.
 fn move_memory(from: &Machine<ModelHypervisor>, to: &Machine<ModelHypervisor>) {
     use stream::{Batch, PageSink, PageSource};
-    let source = GuestPages::new(from.memory().clone(), from.tags());
-    let sink = GuestPages::new(to.memory().clone(), to.tags());
+    let source = from.pages();
+    let sink = to.pages();
     let mut at = 0;
     while let Some(run) = source.next_run(at).unwrap() {
         at = run.end;

@@ -3,9 +3,8 @@
 
 use engine::{RegisterId, Result, Vcpu};
 
-use crate::registers::SCTLR_EL1;
+use crate::registers::{ESR_EL1, SCTLR_EL1};
 
-pub const ESR_EL1: RegisterId = RegisterId::system(3, 0, 5, 2, 0);
 pub const VBAR_EL1: RegisterId = RegisterId::system(3, 0, 12, 0, 0);
 
 /// Fields of PSTATE as SPSR_EL1 has them (Arm ARM C5.2.18), of SCTLR_EL1 and of ID_AA64PFR1_EL1.

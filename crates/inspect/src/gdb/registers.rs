@@ -7,7 +7,10 @@ use std::fmt::Write;
 
 use engine::{RegisterId, Vcpu};
 
-use crate::registers::{FPCR, FPSR, SCTLR_EL1};
+use crate::registers::{
+    ESR_EL1, FAR_EL1, FPCR, FPSR, SCTLR_EL1, TCR_EL1, TFSR_EL1, TFSRE0_EL1, TTBR0_EL1, TTBR1_EL1,
+    v, z,
+};
 
 /// The stack pointer in use.
 const SP: usize = 31;
@@ -51,13 +54,13 @@ const fn tags(name: &'static str, id: RegisterId) -> System {
 
 const SYSTEM: &[System] = &[
     system("SCTLR_EL1", SCTLR_EL1),
-    system("TCR_EL1", RegisterId::system(3, 0, 2, 0, 2)),
-    system("TTBR0_EL1", RegisterId::system(3, 0, 2, 0, 0)),
-    system("TTBR1_EL1", RegisterId::system(3, 0, 2, 0, 1)),
+    system("TCR_EL1", TCR_EL1),
+    system("TTBR0_EL1", TTBR0_EL1),
+    system("TTBR1_EL1", TTBR1_EL1),
     system("MAIR_EL1", RegisterId::system(3, 0, 10, 2, 0)),
     system("VBAR_EL1", super::exception::VBAR_EL1),
-    system("ESR_EL1", super::exception::ESR_EL1),
-    system("FAR_EL1", RegisterId::system(3, 0, 6, 0, 0)),
+    system("ESR_EL1", ESR_EL1),
+    system("FAR_EL1", FAR_EL1),
     system("ELR_EL1", RegisterId::ELR_EL1),
     system("SPSR_EL1", RegisterId::SPSR_EL1),
     system("SP_EL0", RegisterId::SP),
@@ -70,8 +73,8 @@ const SYSTEM: &[System] = &[
     system("MPIDR_EL1", RegisterId::MPIDR_EL1),
     tags("GCR_EL1", GCR_EL1),
     tags("RGSR_EL1", RegisterId::system(3, 0, 1, 0, 5)),
-    tags("TFSR_EL1", RegisterId::system(3, 0, 5, 6, 0)),
-    tags("TFSRE0_EL1", RegisterId::system(3, 0, 5, 6, 1)),
+    tags("TFSR_EL1", TFSR_EL1),
+    tags("TFSRE0_EL1", TFSRE0_EL1),
 ];
 
 /// A register by its number. There is none of a number that is too high.
@@ -138,15 +141,6 @@ impl Number {
             number => SYSTEM.get(number.checked_sub(FIRST_SYSTEM)?)?.id,
         })
     }
-}
-
-const fn v(number: usize) -> RegisterId {
-    RegisterId::from_kvm(0x6040_0000_0010_0054 + number as u64 * 4)
-}
-
-/// A vector register of SVE, whose low end is V (`Documentation/virt/kvm/api.rst`, `KVM_REG_ARM64_SVE`).
-const fn z(number: usize) -> RegisterId {
-    RegisterId::from_kvm(0x6080_0000_0015_0000 + ((number as u64) << 5))
 }
 
 const Z_SIZE: usize = 256;

@@ -2,9 +2,7 @@
 
 use engine::{Hypervisor, Vm, VmBuilder};
 use inspect::{Death, End, SourceMemory};
-use vmm::layout::{PAGE_SIZE, RAM_START};
 use vmm::machine::{Ending, Error, Machine};
-use vmm::memory::pages::GuestPages;
 
 use super::Landlord;
 
@@ -44,10 +42,8 @@ where
     <<H::VmBuilder as VmBuilder>::Vm as Vm>::Vcpu: 'static,
 {
     let vcpus = machine.save()?.vcpus;
-    let memory = machine.memory().clone();
-    let first = RAM_START / PAGE_SIZE;
-    let ram = first..first + memory.size() / PAGE_SIZE;
-    let pages = GuestPages::new(memory, machine.tags());
+    let pages = machine.pages();
+    let ram = pages.ram();
     let mut memory = SourceMemory::new(pages, ram, vcpus)?;
     Ok(Death::of(&mut memory, end)?)
 }

@@ -7,9 +7,6 @@
 use std::sync::mpsc::{self, Receiver, Sender};
 
 use engine::{Hypervisor, Vm, VmBuilder};
-use stream::PageSource;
-use vmm::layout::{PAGE_SIZE, RAM_START};
-use vmm::memory::pages::GuestPages;
 
 use super::{Landlord, failed};
 use crate::control::{InspectRequest, Refusal, VmState};
@@ -59,18 +56,15 @@ where
         let shared = self.shared.clone();
         let machine = self.machine_in(state, wanted)?;
         let vcpus = failed(machine.save())?.vcpus;
-        let memory = machine.memory().clone();
-        let first = RAM_START / PAGE_SIZE;
-        let ram = first..first + memory.size() / PAGE_SIZE;
-        let file = memory.readable_file().unwrap_or_else(|why| {
+        let pages = machine.pages();
+        let file = pages.memory().readable_file().unwrap_or_else(|why| {
             tracing::debug!("the memory file cannot be lent, so that pages are: {why}");
             None
         });
-        let pages: Box<dyn PageSource + Send> = Box::new(GuestPages::new(memory, machine.tags()));
         let mut lease = Lease {
-            ram,
+            ram: pages.ram(),
             vcpus,
-            pages,
+            pages: Box::new(pages),
             file,
             hold: None,
         };

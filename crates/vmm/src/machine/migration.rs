@@ -26,7 +26,6 @@ use super::dirty_log::DirtyLog;
 use super::snapshot::{ARCHITECTURE, CONFIG, MACHINE, PLATFORM, Platform, STATE_VERSION};
 use super::{Machine, MachineState, VcpuOf, VmOf};
 use crate::config::{MachineConfig, OverlayConfig};
-use crate::layout::{PAGE_SIZE, RAM_START};
 use crate::memory::lazy::{self, Before, ChunkReader, Event, LazyFill, PageProvider, Threads};
 use crate::memory::pages::GuestPages;
 use crate::memory::untagged::Untagged;
@@ -130,7 +129,7 @@ where
 {
     /// The guest of `machine`, which the destination is to build from `config`.
     pub fn new(machine: &'a mut Machine<H>, config: &'a MachineConfig) -> Self {
-        let pages = GuestPages::new(machine.memory.clone(), machine.tags());
+        let pages = machine.pages();
         Self {
             ran: machine.is_running(),
             machine,
@@ -312,8 +311,7 @@ where
     }
 
     fn pages(&self) -> Range<u64> {
-        let size = self.sink().memory().size();
-        RAM_START / PAGE_SIZE..(RAM_START + size) / PAGE_SIZE
+        self.sink().ram()
     }
 
     fn fetches(&self) -> Result<u8, MachineError> {

@@ -582,8 +582,7 @@ where
         path: &Path,
         options: &Options<'_, F>,
     ) -> Result<(Report, Duration), Error> {
-        let pages = GuestPages::new(self.memory.clone(), self.tags());
-        let mut writing = Writing::begin(pages, file, path, options)?;
+        let mut writing = Writing::begin(self.pages(), file, path, options)?;
         let log = match self.is_running() {
             true => Some(self.log_dirty_pages().map_err(super::Error::from)?),
             false => None,

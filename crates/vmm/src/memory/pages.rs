@@ -59,14 +59,14 @@ impl GuestPages {
         }
     }
 
-    /// The pages of RAM.
-    fn all(&self) -> Range<u64> {
+    /// The numbers of the pages of RAM.
+    pub fn ram(&self) -> Range<u64> {
         pages(RAM_START..RAM_START + self.memory.size())
     }
 
     /// Refuses pages that are not RAM, whatever they are.
     fn check(&self, wanted: &Range<u64>) -> io::Result<()> {
-        let all = self.all();
+        let all = self.ram();
         if wanted.start < all.start || wanted.end > all.end || wanted.start > wanted.end {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -95,7 +95,7 @@ impl PageSource for GuestPages {
     }
 
     fn next_run(&self, from: u64) -> io::Result<Option<Range<u64>>> {
-        let all = self.all();
+        let all = self.ram();
         let from = from.max(all.start);
         if from >= all.end {
             return Ok(None);

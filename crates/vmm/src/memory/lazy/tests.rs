@@ -121,6 +121,17 @@ impl ChunkReader for Reader<'_> {
 
 static TAGS: TagPage = TagPage::filled(Tag::from_low_bits(5));
 
+/// A filling of memory that nobody has touched, whose events nobody hears.
+fn started<S: PageProvider>(memory: &Arc<GuestMemory>, source: S) -> Result<LazyFill, Error> {
+    LazyFill::start(
+        memory.clone(),
+        source,
+        Before::Untouched,
+        Threads::DEFAULT,
+        |_| {},
+    )
+}
+
 fn start(memory: &Arc<GuestMemory>, source: Source) -> (LazyFill, mpsc::Receiver<Event>) {
     let (send, events) = mpsc::channel();
     let fill = LazyFill::start(
@@ -442,14 +453,7 @@ fn a_chunk_with_other_pages_than_its_own_is_not_placed() {
         let Some(memory) = memory(2048) else { return };
         let mut truth = source(&[], |_| Ok(()));
         truth.runs = vec![(given, 0), (64..128, 1)];
-        let fill = LazyFill::start(
-            memory.clone(),
-            Liar(truth),
-            Before::Untouched,
-            Threads::DEFAULT,
-            |_| {},
-        )
-        .unwrap();
+        let fill = started(&memory, Liar(truth)).unwrap();
 
         let failure = fill.wait().unwrap_err();
         assert!(matches!(*failure, Failure::OtherPages { chunk: 0 }));
@@ -679,14 +683,7 @@ fn a_snapshot_whose_file_was_deleted_is_restored() {
     let snapshot = Snapshot::open_whole(file.reopen().unwrap()).unwrap();
     file.close().unwrap();
     let pages = SnapshotPages::new(snapshot);
-    let fill = LazyFill::start(
-        memory.clone(),
-        pages,
-        Before::Untouched,
-        Threads::DEFAULT,
-        |_| {},
-    )
-    .unwrap();
+    let fill = started(&memory, pages).unwrap();
     assert!(read(&memory, 900) == content(900));
     fill.wait().unwrap();
     assert!((0..1024).all(|page| read(&memory, page) == content(page)));
@@ -705,14 +702,7 @@ fn of_a_snapshot_that_is_damaged_meanwhile_nothing_wrong_is_placed() {
     file.write_all(&damaged).unwrap();
 
     let pages = SnapshotPages::new(snapshot);
-    let fill = LazyFill::start(
-        memory.clone(),
-        pages,
-        Before::Untouched,
-        Threads::DEFAULT,
-        |_| {},
-    )
-    .unwrap();
+    let fill = started(&memory, pages).unwrap();
     let failure = fill.wait().unwrap_err();
     assert!(failure.to_string().contains("damaged"), "{failure}");
 
@@ -733,14 +723,7 @@ fn of_a_snapshot_that_is_cut_off_meanwhile_the_rest_is_waited_for() {
         .unwrap();
 
     let pages = SnapshotPages::new(snapshot);
-    let fill = LazyFill::start(
-        memory.clone(),
-        pages,
-        Before::Untouched,
-        Threads::DEFAULT,
-        |_| {},
-    )
-    .unwrap();
+    let fill = started(&memory, pages).unwrap();
     let failure = fill.wait().unwrap_err();
     assert!(failure.to_string().contains("cut off"), "{failure}");
     assert!(touch(&memory, 1023).recv_timeout(SHORT).is_err());
@@ -748,15 +731,7 @@ fn of_a_snapshot_that_is_cut_off_meanwhile_the_rest_is_waited_for() {
 }
 
 fn refused(memory: &Arc<GuestMemory>, source: Source) -> Error {
-    LazyFill::start(
-        memory.clone(),
-        source,
-        Before::Untouched,
-        Threads::DEFAULT,
-        |_| {},
-    )
-    .err()
-    .unwrap()
+    started(memory, source).err().unwrap()
 }
 
 #[test]
