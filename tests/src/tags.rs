@@ -28,6 +28,10 @@ pub fn tests() -> Vec<Trial> {
             tags_are_the_same_by_every_way,
         ),
         test(
+            "data_and_tags_read_together_are_those_read_apart",
+            data_and_tags_read_together_are_those_read_apart,
+        ),
+        test(
             "reading_tags_leaves_holes_as_they_are",
             reading_tags_leaves_holes_as_they_are,
         ),
@@ -95,6 +99,42 @@ fn tags_are_the_same_by_every_way(guest: &Guest) {
         for reader in &guest.ways {
             assert!(read(&**reader, 0, PAGES) == written);
         }
+    }
+}
+
+/// Pages of each tag, pages with one granule that differs, wherever it is, and pages of many tags, in an order in which one
+/// kind follows each other.
+fn data_and_tags_read_together_are_those_read_apart(guest: &Guest) {
+    let pages = 0..PAGES;
+    let tags: Vec<_> = pages
+        .map(|page| {
+            let mut tags = TagPage::filled(Tag::from_low_bits((page / 64) as u8));
+            match page % 8 {
+                1 | 3 => tags.set((page / 4) as u8, Tag::from_low_bits(page as u8)),
+                4 | 5 => tags = tags_of(page),
+                _ => {}
+            }
+            tags
+        })
+        .collect();
+    let mut data = vec![[0; PAGE_SIZE as usize]; PAGES];
+    for (number, byte) in data.as_flattened_mut().iter_mut().enumerate() {
+        *byte = (number / 7) as u8;
+    }
+    let ram = guest.memory.ram();
+    ram.write_slice(data.as_flattened(), GuestAddress(ipa(0)))
+        .unwrap();
+    guest.ways[0].write(ipa(0), &tags).unwrap();
+
+    for way in &guest.ways {
+        let mut read_data = vec![[0xff; PAGE_SIZE as usize]; PAGES];
+        let mut read_tags = vec![TagPage::filled(Tag::from_low_bits(9)); PAGES];
+        way.read_pages(ipa(0), &mut read_data, &mut read_tags)
+            .unwrap();
+
+        assert!(read_data == data);
+        assert!(read_tags == tags);
+        assert!(read(&**way, 0, PAGES) == tags);
     }
 }
 

@@ -21,6 +21,7 @@ const PROT_MTE: libc::c_int = 0x20;
 const PR_SET_TAGGED_ADDR_CTRL: libc::c_int = 55;
 const PR_TAGGED_ADDR_ENABLE: libc::c_ulong = 1;
 const PR_MTE_TAG_SHIFT: u32 = 3;
+const PR_MTE_TCF_SYNC: libc::c_ulong = 1 << 1;
 
 /// The instructions, if this machine has them.
 fn instructions() -> Option<Instructions> {
@@ -36,7 +37,11 @@ fn instructions() -> Option<Instructions> {
 
 /// Lets IRG, ADDG and SUBG of this thread choose only these tags. Faults stay off.
 fn include(tags: TagSet) {
-    let control = PR_TAGGED_ADDR_ENABLE | libc::c_ulong::from(tags.bits()) << PR_MTE_TAG_SHIFT;
+    control(PR_TAGGED_ADDR_ENABLE | libc::c_ulong::from(tags.bits()) << PR_MTE_TAG_SHIFT);
+}
+
+/// Sets how this thread chooses and checks tags.
+fn control(control: libc::c_ulong) {
     // SAFETY: the call changes how this thread chooses and uses tagged addresses, of which it has
     // none but those of these tests.
     let result = unsafe { libc::prctl(PR_SET_TAGGED_ADDR_CTRL, control, 0, 0, 0) };
@@ -385,4 +390,25 @@ fn data_are_untouched_by_reading_and_writing_page_tags() {
         [TagPage::filled(Tag::from_low_bits(3)), TagPage::ZERO]
     );
     assert!(memory.data().iter().all(|byte| *byte == 0x5a));
+}
+
+#[test]
+fn data_of_pages_are_copied_whatever_their_tags_and_the_threads_checks_are() {
+    let Some(mte) = instructions() else { return };
+    let memory = TaggedMemory::new(2);
+    for byte in 0..2 * PAGE_SIZE {
+        // SAFETY: the memory is this test's alone.
+        unsafe { memory.first.add(byte).write((byte % 251) as u8) };
+    }
+    let mut copy = [[0xff; PAGE_SIZE]; 3];
+    // SAFETY: as above.
+    unsafe {
+        mte.fill_tag_pages(memory.first, 1, Tag::MAX);
+        control(PR_TAGGED_ADDR_ENABLE | PR_MTE_TCF_SYNC);
+        mte.copy_pages(memory.first, &mut copy[..2]);
+        control(PR_TAGGED_ADDR_ENABLE);
+        mte.copy_pages(memory.first, &mut []);
+    }
+    assert_eq!(copy[..2].as_flattened(), memory.data());
+    assert_eq!(copy[2], [0xff; PAGE_SIZE]);
 }

@@ -3,8 +3,8 @@
 //! RAM is one range of guest-physical addresses. Where the host allows it, a memory file stands
 //! behind it, mapped twice: the *data mapping* (shared, not `PROT_MTE`) is the memslot and all that
 //! devices, loaders and a debugger see, so that no access of theirs is ever tag-checked (seed 000);
-//! the *tag mapping* (`PROT_MTE`) is touched by LDG and STG alone. Hosts before Linux 6.2 refuse
-//! shared memory to a guest with MTE (seed 001): there it is private anonymous memory, and tags are
+//! the *tag mapping* (`PROT_MTE`) is touched by LDG and STG, and by copies with checks off, alone.
+//! Hosts before Linux 6.2 refuse shared memory to a guest with MTE (seed 001): there it is private anonymous memory, and tags are
 //! reached by the engine's bulk copy. [`tags`] has the two ways behind one trait. Clones share the
 //! memory of a [`base`] until they write; their tags too are reached by the bulk copy.
 

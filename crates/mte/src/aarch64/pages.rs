@@ -1,4 +1,4 @@
-//! The tags of whole pages, packed as they are read and unpacked as they are written.
+//! The tags of whole pages, packed as they are read and unpacked as they are written, and their data.
 //!
 //! LDG puts a tag into bits 59:56 of a register and leaves the other bits alone; STG takes it from
 //! there. So a register that is rotated by one tag between two LDGs collects sixteen of them, in
@@ -83,6 +83,51 @@ impl Instructions {
                 w5 = out(reg) _,
                 w6 = out(reg) _,
                 w7 = out(reg) _,
+                options(nostack),
+            );
+        }
+    }
+
+    /// Copies the data of the `data.len()` pages of 4 KiB from `first` on. No load is checked, whatever
+    /// the thread's mode, so tags matter neither in memory nor in the pointer.
+    ///
+    /// What others write meanwhile is seen for some bytes and not for others.
+    ///
+    /// # Safety
+    ///
+    /// `first` is a multiple of 4 KiB, and that many pages from there on are mapped and readable.
+    pub unsafe fn copy_pages(self, first: *const u8, data: &mut [[u8; PAGE_SIZE]]) {
+        debug_assert!(first.addr().is_multiple_of(PAGE_SIZE));
+        if data.is_empty() {
+            return;
+        }
+        // SAFETY: `self` says that PSTATE.TCO exists; it is put back. The loop reads the pages that
+        // the caller vouches for, 128 bytes at a time, and writes as many, just those of `data`.
+        unsafe {
+            asm!(
+                ".arch_extension memtag",
+                "mrs {tco}, tco",
+                "msr tco, #1",
+                "2:",
+                "ld1 {{v0.16b-v3.16b}}, [{from}], #64",
+                "ld1 {{v4.16b-v7.16b}}, [{from}], #64",
+                "st1 {{v0.16b-v3.16b}}, [{to}], #64",
+                "st1 {{v4.16b-v7.16b}}, [{to}], #64",
+                "cmp {to}, {end}",
+                "b.ne 2b",
+                "msr tco, {tco}",
+                from = inout(reg) first => _,
+                to = inout(reg) data.as_mut_ptr() => _,
+                end = in(reg) data.as_mut_ptr_range().end,
+                tco = out(reg) _,
+                out("v0") _,
+                out("v1") _,
+                out("v2") _,
+                out("v3") _,
+                out("v4") _,
+                out("v5") _,
+                out("v6") _,
+                out("v7") _,
                 options(nostack),
             );
         }

@@ -1,7 +1,6 @@
 //! Guest memory as a source and a sink of pages with their tags (`stream`).
 //!
-//! A page's data are read and written by the data mapping and its tags by the [`TagStore`], so neither
-//! access is tag-checked. A guest that has tags has them in every page; one that has none gives none.
+//! A page's data are written by the data mapping and its tags by the [`TagStore`]; it reads both. A guest that has tags has them in every page; one that has none gives none.
 
 use std::io;
 use std::ops::Range;
@@ -110,14 +109,14 @@ impl PageSource for GuestPages {
 
     fn read(&self, first: u64, data: &mut [Page], tags: &mut [TagPage]) -> io::Result<()> {
         self.check(&(first..first.saturating_add(data.len() as u64)))?;
-        let ram = self.memory.ram();
-        ram.read_slice(data.as_flattened_mut(), address(first))
-            .map_err(io::Error::other)?;
+        let at = address(first);
         match &self.tags {
-            Some(store) => store
-                .read_populated(address(first).0, tags)
-                .map_err(io::Error::other),
-            None => Ok(()),
+            Some(store) => store.read_pages(at.0, data, tags).map_err(io::Error::other),
+            None => {
+                let ram = self.memory.ram();
+                ram.read_slice(data.as_flattened_mut(), at)
+                    .map_err(io::Error::other)
+            }
         }
     }
 }

@@ -2,7 +2,10 @@
 //!
 //! [`TagStore`] reads and writes packed tag pages by one of two ways: [`AliasTags`] with LDG and STG
 //! on the tag mapping, with no lock and no system call, and [`CopiedTags`] with the engine's bulk
-//! copy. Both give the same tags.
+//! copy. Both give the same tags. Who wants a page's data too has them with less work together.
+
+#[cfg(target_arch = "aarch64")]
+mod alias;
 
 use std::io;
 use std::ops::Range;
@@ -10,9 +13,15 @@ use std::sync::Arc;
 
 use engine::{TagCopyError, Vm};
 use mte::TagPage;
+use stream::Page;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{GuestMemory, host_page_size};
 use crate::layout::{PAGE_SIZE, RAM_START};
+#[cfg(target_arch = "aarch64")]
+pub use alias::AliasTags;
+#[cfg(target_arch = "aarch64")]
+pub(super) use alias::instructions;
 
 /// Why tags could not be reached.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +58,19 @@ pub trait TagStore: Send + Sync {
     /// # Errors
     /// See [`Error`].
     fn read_populated(&self, ipa: u64, tags: &mut [TagPage]) -> Result<(), Error>;
+
+    /// Reads the data, and the tags, of the `tags.len()` pages of 4 KiB from `ipa` on, all of which are populated.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    fn read_pages(&self, ipa: u64, data: &mut [Page], tags: &mut [TagPage]) -> Result<(), Error> {
+        let pages = data.len();
+        let outside = |_| Error::Range { ipa, pages };
+        let (ram, at) = (self.memory().ram(), GuestAddress(ipa));
+        ram.read_slice(data.as_flattened_mut(), at)
+            .map_err(outside)?;
+        self.read_populated(ipa, tags)
+    }
 
     /// The memory whose tags these are.
     fn memory(&self) -> &GuestMemory;
@@ -106,67 +128,6 @@ fn offset_in_ram(memory: &GuestMemory, ipa: u64, pages: usize) -> Result<u64, Er
         return Err(outside());
     }
     Ok(offset)
-}
-
-/// Tags reached by the tag mapping.
-#[cfg(target_arch = "aarch64")]
-pub struct AliasTags {
-    memory: Arc<GuestMemory>,
-    instructions: mte::aarch64::Instructions,
-}
-
-/// The tag instructions, on a host whose programs have MTE.
-#[cfg(target_arch = "aarch64")]
-pub(super) fn instructions() -> Option<mte::aarch64::Instructions> {
-    // SAFETY: a query without demands.
-    let hwcap2 = unsafe { libc::getauxval(libc::AT_HWCAP2) };
-    // SAFETY: the value is what the kernel gave this process.
-    unsafe { mte::aarch64::Instructions::from_hwcap2(hwcap2) }
-}
-
-#[cfg(target_arch = "aarch64")]
-impl AliasTags {
-    /// Tags of memory that has a tag mapping, on a host whose programs have MTE. `None` otherwise.
-    pub fn new(memory: Arc<GuestMemory>) -> Option<Self> {
-        memory.tag_mapping()?;
-        Some(Self {
-            memory,
-            instructions: instructions()?,
-        })
-    }
-
-    /// Where the tags of `pages` pages at `ipa` are in the tag mapping.
-    fn locate(&self, ipa: u64, pages: usize) -> Result<*mut u8, Error> {
-        let offset = offset_in_ram(&self.memory, ipa, pages)?;
-        let mapping = self
-            .memory
-            .tag_mapping()
-            .ok_or(Error::Range { ipa, pages })?;
-        // SAFETY: the offset is within RAM, and the mapping is as long as RAM.
-        Ok(unsafe { mapping.address().as_ptr().add(offset as usize) })
-    }
-}
-
-#[cfg(target_arch = "aarch64")]
-impl TagStore for AliasTags {
-    fn memory(&self) -> &GuestMemory {
-        &self.memory
-    }
-
-    fn read_populated(&self, ipa: u64, tags: &mut [TagPage]) -> Result<(), Error> {
-        let first = self.locate(ipa, tags.len())?;
-        // SAFETY: `locate` checked that this many whole pages are within the tag mapping, which
-        // lives as long as `self.memory`.
-        unsafe { self.instructions.read_tag_pages(first, tags) };
-        Ok(())
-    }
-
-    fn write(&self, ipa: u64, tags: &[TagPage]) -> Result<(), Error> {
-        let first = self.locate(ipa, tags.len())?;
-        // SAFETY: as for reading; the mapping is writable.
-        unsafe { self.instructions.write_tag_pages(first, tags) };
-        Ok(())
-    }
 }
 
 /// Tags reached by the engine's bulk copy, which knows only whole pages of the host: on a host with
