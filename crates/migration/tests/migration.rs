@@ -3,7 +3,7 @@
 mod double;
 
 use std::num::NonZeroU8;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -17,14 +17,16 @@ use migration::{
 
 const LONG: Duration = Duration::from_secs(20);
 
-/// How long a source may say nothing.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long the other side may say nothing: longer than a busy machine keeps a thread waiting.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long it may where a test waits for the end of that.
+const SHORT: Duration = Duration::from_secs(1);
 
 fn options(post_copy: PostCopy) -> Options {
     Options {
         post_copy,
-        patience: Duration::from_secs(5),
-        handover_patience: Duration::from_secs(5),
+        patience: PATIENCE,
+        handover_patience: PATIENCE,
         ..Options::default()
     }
 }
@@ -66,7 +68,11 @@ impl There {
 }
 
 /// A destination as a program makes it: receives, waits, runs, attends.
-fn destination(door: double::Door, mut comer: Comer) -> There {
+fn destination(door: double::Door, comer: Comer) -> There {
+    patient_destination(PATIENCE, door, comer)
+}
+
+fn patient_destination(patience: Duration, door: double::Door, mut comer: Comer) -> There {
     let memory = comer.memory();
     let accepted = comer.accepted.clone();
     let runs = Arc::new(AtomicBool::new(false));
@@ -74,7 +80,7 @@ fn destination(door: double::Door, mut comer: Comer) -> There {
     let error = Arc::new(Mutex::new(None));
     let (running, deciding, failing) = (runs.clone(), decider.clone(), error.clone());
     let thread = thread::spawn(move || {
-        let receiver = Receiver::new(door, PATIENCE).unwrap();
+        let receiver = Receiver::new(door, patience).unwrap();
         let mut held = match receiver.receive(&mut comer, &Progress::default()) {
             Ok(held) => held,
             Err(why) => {
@@ -160,9 +166,9 @@ fn a_round_may_take_longer_than_the_destination_is_patient() {
     let (network, door) = Network::new();
     let mut guest = Leaver::new(0);
     guest.memory.slowness.store(8, SeqCst);
-    let mut there = destination(door, Comer::new(u64::MAX));
+    let mut there = patient_destination(SHORT, door, Comer::new(u64::MAX));
     let options = Options {
-        patience: PATIENCE,
+        patience: SHORT,
         ..options(PostCopy::Never)
     };
 
@@ -170,7 +176,7 @@ fn a_round_may_take_longer_than_the_destination_is_patient() {
     let report = went(depart(&mut guest, &Line(network), &options, &progress));
     there.join();
 
-    assert!(report.total > 2 * PATIENCE, "{report:?}");
+    assert!(report.total > 2 * SHORT, "{report:?}");
     assert!(same(&guest.memory, &there.memory));
 }
 
@@ -393,7 +399,7 @@ fn broken(post_copy: PostCopy, message: usize, last: Last, patience: Duration) -
     let (network, door) = Network::new();
     network.break_at(message, last);
     let mut guest = Leaver::new(1);
-    let there = destination(door, Comer::new(u64::MAX));
+    let there = patient_destination(patience.min(PATIENCE), door, Comer::new(u64::MAX));
     let options = Options {
         patience,
         handover_patience: patience,
@@ -432,17 +438,25 @@ fn settled(there: &There) -> Option<Destination> {
     }
 }
 
-/// Breaks a migration at each message in turn, until one is not broken any more.
-fn break_each(post_copy: PostCopy, last: Last, check: impl Fn(Broken)) -> usize {
-    for message in 0.. {
-        let broken = broken(post_copy, message, last, LONG);
-        if !broken.network.is_broken() {
-            return message;
+/// Breaks a migration at each message, until one is not broken any more. They wait much of the time, and can do that side by side.
+fn break_each(post_copy: PostCopy, last: Last, check: impl Fn(Broken) + Sync) -> usize {
+    let next = AtomicUsize::new(0);
+    let break_some = || {
+        loop {
+            let message = next.fetch_add(1, SeqCst);
+            let broken = broken(post_copy, message, last, LONG);
+            if !broken.network.is_broken() {
+                return message;
+            }
+            eprintln!("message {message} {last:?}");
+            check(broken);
         }
-        eprintln!("message {message} {last:?}");
-        check(broken);
-    }
-    unreachable!()
+    };
+    thread::scope(|scope| {
+        let lanes: Vec<_> = (0..4).map(|_| scope.spawn(break_some)).collect();
+        let unbroken = lanes.into_iter().map(|lane| lane.join().unwrap());
+        unbroken.min().unwrap()
+    })
 }
 
 fn goes_on_after_mending(mut broken: Broken) {
@@ -518,7 +532,7 @@ fn a_link_that_breaks_at_any_message_of_post_copy_costs_nothing_and_can_be_mende
 #[test]
 fn a_link_that_stalls_at_any_message_costs_nothing_and_can_be_mended() {
     let stall = |post_copy, message| {
-        let broken = broken(post_copy, message, Last::Stalls, PATIENCE);
+        let broken = broken(post_copy, message, Last::Stalls, SHORT);
         let stalled = broken.network.is_broken();
         if stalled {
             goes_on_after_mending(broken);
