@@ -689,7 +689,7 @@ pub struct Held {
     is_mended: bool,
 }
 
-/// Decides for a destination that cannot ask its source, by somebody who made sure of that one.
+/// Decides for a destination that cannot ask its source, by somebody who made sure of that one, or says that its guest has ended.
 #[derive(Clone)]
 pub struct Decider(Shared);
 
@@ -714,6 +714,14 @@ impl Decider {
     /// There is nothing to decide.
     pub fn forget(&self) -> Result<()> {
         self.0.step(DestinationEvent::Forget).map(drop)
+    }
+
+    /// The guest that ran here has ended: pages that are still at the source are needed no more, and [`Held::attend`] tells it.
+    ///
+    /// # Errors
+    /// No pages are at the source, or the guest does not run here.
+    pub fn end(&self) -> Result<()> {
+        self.0.step(DestinationEvent::End).map(drop)
     }
 }
 
@@ -871,7 +879,7 @@ impl Held {
     /// The source is back: new links, and where this side is.
     fn meet(&mut self, control: &mut Link) -> Result<()> {
         let requests = match (&self.peer, self.state()) {
-            (Some(_), Destination::Complete) | (None, _) => 0,
+            (Some(_), Destination::Complete | Destination::Ended) | (None, _) => 0,
             (Some(peer), _) => peer.links(),
         };
         control.say(&Word::Accept { requests })?;
@@ -892,7 +900,7 @@ impl Held {
     }
 
     /// After the guest was let run: tells the source, and sees to it that the pages that are still there come here. Comes back
-    /// when all of the guest is here and the source knows. Without a `filling` it is here already.
+    /// when all of the guest is here, or it has ended, and the source knows. Without a `filling` it is here already.
     pub fn attend(mut self, filling: Option<&dyn Filling>, happens: impl Fn(Happening)) {
         loop {
             let error = match self.watch(filling, &happens) {
@@ -901,8 +909,10 @@ impl Held {
             };
             self.separate(&error, &happens);
             while self.control.is_none() {
-                if self.state() == Destination::Separated && fill_of(filling) == Fill::Complete {
-                    let _ = self.state.step(DestinationEvent::AllThere);
+                if self.state() == Destination::Separated
+                    && fill_of(filling) == Fill::Complete
+                    && self.state.step(DestinationEvent::AllThere).is_ok()
+                {
                     happens(Happening::Complete);
                 }
                 match self.come_back() {
@@ -927,7 +937,7 @@ impl Held {
         }
     }
 
-    /// Tells the source where this side is until all is here.
+    /// Tells the source where this side is until nothing is needed of it.
     fn watch(&mut self, filling: Option<&dyn Filling>, happens: &impl Fn(Happening)) -> Result<()> {
         let Some(control) = &mut self.control else {
             return Ok(());
@@ -943,21 +953,24 @@ impl Held {
                         try_again(filling, happens);
                     }
                     Fill::Failed(reason) => return Err(Error::Machine(reason.into())),
+                    // The guest may have ended in this moment.
                     Fill::Complete => {
-                        self.state.step(DestinationEvent::AllThere)?;
-                        happens(Happening::Complete);
+                        if self.state.step(DestinationEvent::AllThere).is_ok() {
+                            happens(Happening::Complete);
+                        }
                     }
                 }
             }
             let state = self.state.get();
+            let is_last = matches!(state, Destination::Complete | Destination::Ended);
             let is_known = self.reported.is_some_and(|(known, when)| {
-                known == state && (state == Destination::Complete || when.elapsed() < REPORT_EVERY)
+                known == state && (is_last || when.elapsed() < REPORT_EVERY)
             });
             if !is_known {
                 control.say(&Word::State { state, fetched })?;
                 self.reported = Some((state, Instant::now()));
             }
-            if state == Destination::Complete {
+            if is_last {
                 let mut none = Batch::new(control.metadata());
                 return match control.next(&mut none)? {
                     Incoming::End => Ok(()),

@@ -118,6 +118,8 @@ pub struct Report {
     pub pages: u64,
     /// Pages that the destination fetched after the guest went on there.
     pub fetched: u64,
+    /// The guest ended there before all its pages were.
+    pub ended: bool,
     /// Bytes sent.
     pub bytes: u64,
     /// Those of them that are tags.
@@ -133,7 +135,7 @@ pub struct Report {
 /// How a try to send a guest away ended.
 #[derive(Debug)]
 pub enum Departure {
-    /// The guest is at the destination; what is left here is worth nothing.
+    /// The guest is at the destination, or ended there; what is left here is worth nothing.
     Gone(Report),
     /// The guest is here, as before, and goes on if it ran.
     Kept(Error),
@@ -186,6 +188,7 @@ pub fn depart<G: Departing>(
         stopped: None,
         downtime: Duration::ZERO,
         slowed: 0,
+        ended: false,
     };
     let left = leaving.leave();
     leaving.end(left)
@@ -223,6 +226,8 @@ struct Leaving<'a, G: Departing> {
     stopped: Option<Instant>,
     downtime: Duration,
     slowed: u8,
+    /// The guest ended at the destination.
+    ended: bool,
 }
 
 impl<G: Departing> Leaving<'_, G> {
@@ -495,13 +500,19 @@ impl<G: Departing> Leaving<'_, G> {
     /// Hears where the destination is.
     fn hear_of_it(&mut self, control: &mut Link) -> Result<()> {
         let state = hear_state(control)?;
-        if state.may_run() && self.downtime.is_zero() {
+        if (state.may_run() || state == Destination::Ended) && self.downtime.is_zero() {
             self.downtime = self
                 .stopped
                 .map_or(Duration::ZERO, |stopped| stopped.elapsed());
         }
-        self.believe(control.peer(), state)?;
-        self.step(SourceEvent::Found(state))
+        self.find(control.peer(), state)
+    }
+
+    fn find(&mut self, peer: &str, state: Destination) -> Result<()> {
+        self.believe(peer, state)?;
+        self.step(SourceEvent::Found(state))?;
+        self.ended = state == Destination::Ended;
+        Ok(())
     }
 
     /// A destination that says it has everything must have asked for it.
@@ -519,7 +530,7 @@ impl<G: Departing> Leaving<'_, G> {
         Ok(())
     }
 
-    /// Answers requests until the destination has all pages.
+    /// Answers requests until the destination has all pages, or needs no more.
     fn serve(&mut self, control: &mut Link, asked: Vec<Link>) -> Result<()> {
         if self.state == Source::Gone {
             return Ok(());
@@ -561,9 +572,7 @@ impl<G: Departing> Leaving<'_, G> {
         self.fetched = fetched.into_inner().unwrap_or_else(PoisonError::into_inner);
         let sent = sent.into_inner().unwrap_or_else(PoisonError::into_inner);
         self.sent.add((sent.bytes, sent.tag_bytes));
-        let state = state?;
-        self.believe(control.peer(), state)?;
-        self.step(SourceEvent::Found(state))
+        self.find(control.peer(), state?)
     }
 
     /// What became of it.
@@ -621,6 +630,7 @@ impl<G: Departing> Leaving<'_, G> {
             rounds: self.rounds,
             pages: self.pages,
             fetched: self.fetched.len(),
+            ended: self.ended,
             bytes: self.sent.bytes,
             tag_bytes: self.sent.tag_bytes,
             downtime: self.downtime,
@@ -673,6 +683,7 @@ impl Away {
             stopped: self.stopped,
             downtime: self.downtime,
             slowed: self.slowed,
+            ended: false,
         };
         let left = leaving.come_back();
         leaving.end(left)

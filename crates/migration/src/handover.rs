@@ -25,6 +25,8 @@
 //! answer leaves a source that does not know whether the guest runs ([`Source::Undecided`]): it runs nothing either. A
 //! failure in post-copy leaves a half at each side ([`Source::Separated`], [`Destination::Separated`]). All three end as soon as
 //! the sides can talk again, or by somebody who knows what became of the other side.
+//!
+//! A guest that ends while it runs in post-copy needs no more pages ([`Destination::Ended`]): the source lets go of them.
 
 use std::fmt;
 
@@ -51,7 +53,7 @@ pub enum Source {
     Separated,
     /// The migration failed, or was given up: the guest runs here, as before.
     Kept,
-    /// The guest is at the destination, all of it.
+    /// The guest is at the destination, all of it; or it ended there, and needs nothing of what was here.
     Gone,
 }
 
@@ -97,6 +99,14 @@ impl Source {
                 | Self::Separated,
                 Found(Destination::Running | Destination::Separated),
             ) => Self::Serving,
+            // Only a guest that ran can have ended, and only one whose pages stay here needs this to be said.
+            (
+                Self::Committed { pages_stay: true }
+                | Self::Undecided { pages_stay: true }
+                | Self::Serving
+                | Self::Separated,
+                Found(Destination::Ended),
+            ) => Self::Gone,
             // It never heard that it may run: it is told again.
             (
                 Self::Undecided { pages_stay },
@@ -137,6 +147,8 @@ pub enum Destination {
     Separated,
     /// All of the guest is here.
     Complete,
+    /// The guest ended here, and the pages that are still at the source are needed no more.
+    Ended,
     /// The guest is not here, and will not be.
     Discarded,
 }
@@ -159,6 +171,8 @@ pub enum DestinationEvent {
     Failed,
     /// The source is back, and its pages can be fetched.
     Found,
+    /// The guest ended its machine, or somebody did.
+    End,
     /// Somebody made sure that the source does not run the guest.
     TakeOver,
     /// Somebody made sure that the guest is not needed here.
@@ -169,7 +183,9 @@ impl Destination {
     /// The state that follows; none if this cannot happen here.
     #[must_use]
     pub const fn on(self, event: DestinationEvent) -> Option<Self> {
-        use DestinationEvent::{Abort, AllThere, Failed, Forget, Found, Loaded, Run, TakeOver};
+        use DestinationEvent::{
+            Abort, AllThere, End, Failed, Forget, Found, Loaded, Run, TakeOver,
+        };
         Some(match (self, event) {
             (Self::Receiving, Loaded { pages_missing }) => Self::Ready { pages_missing },
             (Self::Receiving, Failed) => Self::Discarded,
@@ -203,6 +219,7 @@ impl Destination {
             (Self::Ready { pages_missing }, Failed) => Self::Undecided { pages_missing },
             (Self::Running, Failed) => Self::Separated,
             (Self::Separated, Found) => Self::Running,
+            (Self::Running | Self::Separated, End) => Self::Ended,
             _ => return None,
         })
     }
@@ -223,6 +240,7 @@ impl fmt::Display for Destination {
             Self::Running => "running the guest, some of whose pages are still at the source",
             Self::Separated => "waiting for pages that are still at the source",
             Self::Complete => "running the guest",
+            Self::Ended => "without the guest, which ended there",
             Self::Discarded => "without the guest, which it discarded",
         })
     }

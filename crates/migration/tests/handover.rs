@@ -48,6 +48,8 @@ enum Action {
     ToDestination,
     /// The last page comes.
     AllThere,
+    /// The guest ends its machine at the destination.
+    GuestEnds,
     Cut,
     LoseToSource,
     LoseToDestination,
@@ -227,6 +229,14 @@ impl Model for HandOver {
             destination && hosts.destination == Destination::Running && hosts.link && source,
             Action::AllThere,
         );
+        may(
+            destination
+                && matches!(
+                    hosts.destination,
+                    Destination::Running | Destination::Separated
+                ),
+            Action::GuestEnds,
+        );
         may(hosts.link && hosts.cuts > 0, Action::Cut);
         may(
             !hosts.link && !hosts.to_source.is_empty(),
@@ -276,7 +286,10 @@ impl Model for HandOver {
         may(
             source
                 && matches!(hosts.source, Source::Undecided { .. } | Source::Separated)
-                && hosts.destination == Destination::Complete,
+                && matches!(
+                    hosts.destination,
+                    Destination::Complete | Destination::Ended
+                ),
             Action::ForgetAtSource,
         );
         may(
@@ -310,6 +323,14 @@ impl Model for HandOver {
             Action::AllThere => {
                 Self::destination(&mut hosts, DestinationEvent::AllThere);
                 self.send(&mut hosts, Message::State(Destination::Complete));
+            }
+            // One that is separated has no link to say it on; it does when the source is back.
+            Action::GuestEnds => {
+                let was = hosts.destination;
+                Self::destination(&mut hosts, DestinationEvent::End);
+                if was == Destination::Running {
+                    self.send(&mut hosts, Message::State(Destination::Ended));
+                }
             }
             Action::Cut => {
                 hosts.link = false;
@@ -376,8 +397,22 @@ impl Model for HandOver {
                 },
             ),
             Property::always("no guest is lost but by a death", |_, hosts: &Hosts| {
-                hosts.lost_by_death || Self::is_recoverable(hosts)
+                hosts.lost_by_death
+                    || hosts.destination == Destination::Ended
+                    || Self::is_recoverable(hosts)
             }),
+            Property::always(
+                "a source that has heard all lets go of a guest that ended",
+                |_, hosts: &Hosts| {
+                    let has_heard_all = hosts.source_lives
+                        && hosts.destination_lives
+                        && hosts.link
+                        && hosts.to_source.is_empty()
+                        && hosts.to_destination.is_empty();
+                    !(hosts.destination == Destination::Ended && has_heard_all)
+                        || hosts.source == Source::Gone
+                },
+            ),
             Property::always("there is always a way to go on", |model, hosts: &Hosts| {
                 let mut actions = Vec::new();
                 model.actions(hosts, &mut actions);
@@ -387,7 +422,12 @@ impl Model for HandOver {
                         Action::Cut | Action::KillSource | Action::KillDestination
                     )
                 });
-                hosts.lost_by_death || Self::somebody_runs(hosts) || !actions.is_empty()
+                let has_ended =
+                    hosts.destination == Destination::Ended && hosts.source == Source::Gone;
+                hosts.lost_by_death
+                    || has_ended
+                    || Self::somebody_runs(hosts)
+                    || !actions.is_empty()
             }),
             Property::sometimes("the guest arrives", |_, hosts: &Hosts| {
                 hosts.source == Source::Gone && hosts.destination == Destination::Complete

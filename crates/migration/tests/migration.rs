@@ -62,6 +62,11 @@ impl There {
         self.runs.load(SeqCst)
     }
 
+    fn end_guest(&self) {
+        let decider = self.decider.lock().unwrap();
+        decider.as_ref().unwrap().end().unwrap();
+    }
+
     fn join(&mut self) {
         self.thread.take().unwrap().join().unwrap();
     }
@@ -215,6 +220,59 @@ fn a_guest_goes_on_by_post_copy_and_fetches_what_stayed_behind() {
     assert!(report.fetched >= 256 && report.pages == 0, "{report:?}");
     assert_eq!(there.state(), Some(Destination::Complete));
     assert!(same(&guest.memory, &there.memory));
+}
+
+#[test]
+fn a_guest_that_ends_in_post_copy_leaves_nothing_at_the_source() {
+    let (network, door) = Network::new();
+    let mut guest = Leaver::new(1);
+    guest.memory.slowness.store(20, SeqCst);
+    let mut there = destination(door, Comer::new(u64::MAX));
+
+    let report = thread::scope(|scope| {
+        scope.spawn(|| {
+            there.wait_for(|state| state == Some(Destination::Running));
+            there.end_guest();
+        });
+        let line = Line(network);
+        let options = options(PostCopy::Now);
+        went(depart(&mut guest, &line, &options, &Progress::default()))
+    });
+    there.join();
+
+    assert!(report.ended && report.fetched < 256, "{report:?}");
+    assert_eq!(there.state(), Some(Destination::Ended));
+    assert!(!guest.runs.load(SeqCst));
+}
+
+#[test]
+fn a_guest_that_ends_while_the_link_is_broken_is_let_go_when_the_source_is_back() {
+    let (network, door) = Network::new();
+    let mut guest = Leaver::new(1);
+    guest.memory.slowness.store(20, SeqCst);
+    let mut there = destination(door, Comer::new(u64::MAX));
+    let line = Line(network.clone());
+    let departure = thread::scope(|scope| {
+        scope.spawn(|| {
+            there.wait_for(|state| state == Some(Destination::Running));
+            network.cut();
+        });
+        let options = options(PostCopy::Now);
+        depart(&mut guest, &line, &options, &Progress::default())
+    });
+    let Departure::Away(away, _) = departure else {
+        panic!("its pages are still here: {departure:?}");
+    };
+    assert_eq!(settled(&there), Some(Destination::Separated));
+
+    there.end_guest();
+    network.mend();
+    let options = options(PostCopy::Never);
+    let report = went(away.recover(&mut guest, &line, &options, &Progress::default()));
+    there.join();
+
+    assert!(report.ended, "{report:?}");
+    assert_eq!(there.state(), Some(Destination::Ended));
 }
 
 #[test]
