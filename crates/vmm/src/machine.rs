@@ -28,7 +28,7 @@ use crate::memory::tags::{TagStore, tag_store};
 use crate::memory::untagged::Untagged;
 use crate::terminal::Command;
 use crate::vcpu::{Throttler, VcpuEvent, VcpuThreads};
-use crate::virtio::block::{DiskError, Image};
+use crate::virtio::block::{DiskError, Image, ImageIdentity};
 use crate::virtio::mmio::{MmioTransport, TransportState};
 use crate::virtio::net::{Announcement, Announcer};
 use crate::{boot, console, memory, virtio};
@@ -636,6 +636,20 @@ where
             }
         }
         Ok(claimed?)
+    }
+
+    /// What each disk's image is known by, in their order.
+    ///
+    /// # Errors
+    /// [`Error::Host`] if one cannot be read.
+    pub fn disk_identities(&self) -> Result<Vec<ImageIdentity>, Error> {
+        let identities = self.disks.iter().map(|disk| disk.identity());
+        identities
+            .collect::<std::io::Result<_>>()
+            .map_err(|source| Error::Host {
+                step: "looking at a disk",
+                source,
+            })
     }
 
     /// Lets another machine have the disks of a guest that is paused: all that it wrote is brought to the medium, and the

@@ -5,6 +5,7 @@
 //! | `config` | offered | the [`MachineConfig`], JSON |
 //! | `platform` | offered | what the guest sees of its machine ([`Platform`]), JSON |
 //! | `cpu` | offered | the ID registers that the guest sees, JSON |
+//! | `disks` | offered | what each disk's image is known by ([`ImageIdentity`]), JSON |
 //! | `machine` | handed over | all but memory ([`MachineState`]), JSON |
 //! | `life` | handed over | whether the guest ran ([`Life`]), JSON |
 //!
@@ -30,8 +31,10 @@ use crate::memory::lazy::{self, Before, ChunkReader, Event, LazyFill, PageProvid
 use crate::memory::pages::GuestPages;
 use crate::memory::untagged::Untagged;
 use crate::vcpu::Throttler;
+use crate::virtio::block::ImageIdentity;
 
 const CPU: &str = "cpu";
+const DISKS: &str = "disks";
 const LIFE: &str = "life";
 
 /// Why a machine cannot leave, or come.
@@ -78,6 +81,24 @@ pub enum Error {
         /// What the memory here has.
         here: Metadata,
     },
+    /// A disk is not the guest's.
+    #[error(
+        "disk {path} of this host {what}: both hosts must see the same file; --disk tells `receive` where it is"
+    )]
+    Disk {
+        /// Where it was looked for.
+        path: PathBuf,
+        /// What is different.
+        what: &'static str,
+    },
+    /// What is known of disks does not fit the configuration.
+    #[error("{offered} disks were offered, and the machine has {here}")]
+    DiskCount {
+        /// Those that something is known of.
+        offered: usize,
+        /// Those of the configuration that came with it.
+        here: usize,
+    },
     /// Pages cannot follow a guest that runs.
     #[error("post-copy is not possible to this host: {0}; migrate without --postcopy")]
     PostCopy(#[source] lazy::Unsupported),
@@ -111,6 +132,28 @@ fn parse<T: DeserializeOwned>(states: &[SavedState], name: &'static str) -> Resu
         });
     }
     serde_json::from_slice(&state.data).map_err(|source| Error::State { name, source })
+}
+
+/// Whether the disks of a machine are those that were offered, as far as that can be known.
+fn check_disks<H: Hypervisor>(
+    machine: &Machine<H>,
+    offered: &[ImageIdentity],
+) -> Result<(), MachineError> {
+    let here = machine.disk_identities()?;
+    if here.len() != offered.len() {
+        return Err(Error::DiskCount {
+            offered: offered.len(),
+            here: here.len(),
+        }
+        .into());
+    }
+    for ((disk, here), offered) in machine.disks.iter().zip(&here).zip(offered) {
+        if let Some(what) = here.difference(offered) {
+            let path = disk.path().to_owned();
+            return Err(Error::Disk { path, what }.into());
+        }
+    }
+    Ok(())
 }
 
 /// A machine whose guest leaves.
@@ -161,6 +204,7 @@ where
             saved(CONFIG, self.config),
             saved(PLATFORM, &self.machine.platform()),
             saved(CPU, self.machine.cpu()),
+            saved(DISKS, &self.machine.disk_identities()?),
         ])
     }
 
@@ -276,6 +320,7 @@ where
         platform.check_counter(self.host)?;
         let machine = (self.build)(&parse(offer, CONFIG)?)?;
         machine.check_cpu(&guest)?;
+        check_disks(&machine, &parse::<Vec<ImageIdentity>>(offer, DISKS)?)?;
         let memory = machine.memory.clone();
         self.untagged = Arc::new(Untagged::new(memory.size()));
         let pages = GuestPages::of_new(memory, machine.tags(), self.untagged.clone());

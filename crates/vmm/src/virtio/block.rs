@@ -1,13 +1,14 @@
 //! The virtio block device: a raw image as the guest's disk (virtio 1.2, 5.2).
 //!
 //! [`Image`] is the file or block device, opened, checked and locked, below an overlay that takes the writes
-//! if it is shared with others (`overlay`). [`Block`] is the device as the
+//! if it is shared with others (`overlay`), and is known again at another host (`identity`). [`Block`] is the device as the
 //! transport sees it; while it is active, a worker thread takes requests from its one queue and
 //! executes them in order (`request`). A driver that agrees to `VIRTIO_BLK_F_FLUSH` gets a writeback
 //! cache, the host's page cache, and flushes it with `fdatasync`; for any other driver each write is
 //! on the medium before it is answered.
 
 mod error;
+mod identity;
 mod image;
 mod overlay;
 mod request;
@@ -33,6 +34,7 @@ use crate::memory::GuestRam;
 use request::{Disk, RequestError};
 
 pub use error::DiskError;
+pub use identity::ImageIdentity;
 pub use image::{Access, Image, SECTOR_SIZE};
 pub use overlay::{OverlayError, OverlayPlace, hold_temporary};
 

@@ -75,7 +75,7 @@ impl Access {
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
-    file: File,
+    pub(super) file: File,
     sectors: u64,
     access: Access,
     /// Where writes go instead.
@@ -203,7 +203,7 @@ impl Image {
     }
 
     /// What is done to the file of the image: nobody writes to one below an overlay.
-    fn file_access(&self) -> Access {
+    pub(super) fn file_access(&self) -> Access {
         match self.overlay {
             Some(_) => Access::ReadOnly,
             None => self.access,
