@@ -94,6 +94,10 @@ breaks() {
     kill -0 $next 2> /dev/null || reap $next
     source=$(state_of "$here") destination=$(state_of "$there")
     what="$kind $way after $after ms: source $source, destination $destination"
+    case $status/$source in
+    1/Running | 3/Paused | [03]/none) ;;
+    *) fail "migrate ended with status $status: $what ($(cat progress))" ;;
+    esac
     case $source/$destination in
     Running/Running) fail "two run the guest: $what" ;;
     Running/none) outcome=stayed ;;
@@ -126,7 +130,7 @@ breaks() {
         if tagvisor migrate "$there" --decide here 2> decide.errors; then
             outcome='went after --decide here'
         else
-            grep -qF 'nothing to decide' decide.errors || fail "$what: $(cat decide.errors)"
+            grep -qF 'at the source and nowhere else' decide.errors || fail "$what: $(cat decide.errors)"
             must tagvisor kill "$there"
             reap $next
             outcome=lost

@@ -112,12 +112,16 @@ at $from tagvisor migrate "at-$moves" "tcp://10.0.7.$to:7900" --postcopy now --b
 migrating=$!
 until at $to tagvisor info halves 2> /dev/null | grep -q Running; do sleep 0.2; done
 ip link set eth0 down
-wait $migrating && fail 'a migration whose link broke says that all is well'
+ended_as 3 $migrating
 grep -qF -- '--recover' progress || fail "it does not say how to go on: $(cat progress)"
 at $from tagvisor info "at-$moves" > info
 grep -qF 'Paused' info || fail "the source is not paused: $(cat info)"
 refused_here=$(at $from tagvisor resume "at-$moves" 2>&1 > /dev/null) && fail 'a guest that is elsewhere was resumed'
 echo "refused: $refused_here"
+until at $to tagvisor info halves | grep -q Paused; do sleep 0.2; done
+refused_there=$(at $to tagvisor migrate halves --decide here 2>&1 > /dev/null) && fail 'half a guest was to run'
+[[ $refused_there == *'at the source and nowhere else'* ]] || fail "it does not say why half a guest cannot run: $refused_there"
+echo "refused: $refused_there"
 ip link set eth0 up
 at $from tagvisor migrate "at-$moves" "tcp://10.0.7.$to:7900" --recover > report || fail 'the link was not mended'
 ended_as 4 $here

@@ -2,7 +2,7 @@
 # lab: cpus=2 memory=4G timeout=400
 # A guest that writes data and tags on 4 CPUs moves from process to process of one host, MOVES times (6 if it is not said): by pre-copy
 # over one and three connections, by post-copy, compressed, slowed down. It checks every tag all the while. Then what is refused
-# or given up: the guest stays where it is.
+# or given up: the guest stays where it is. At last it ends in the middle of post-copy.
 . "$(dirname "$0")/guests.bash"
 
 moves=${MOVES:-6}
@@ -82,5 +82,17 @@ ended_as 1 $migrating
 ended_as 1 $there
 grep -qF 'cancelled' progress || fail "it does not say that it was cancelled: $(cat progress)"
 goes_on guest $at
-tagvisor stop "$here"
+
+# Ended in the middle of post-copy: the source lets go of what it still has.
+tagvisor receive ending --listen "unix:$PWD/ending.socket" < /dev/null &
+ending=$!
+waits_at ending.socket $ending
+tagvisor migrate "$here" "unix:$PWD/ending.socket" --postcopy now --bandwidth 2M > report 2> progress &
+migrating=$!
+until tagvisor info ending --json 2> /dev/null | jq -e '.state == "Running" and .work.what == "restore"' > /dev/null; do sleep 0.1; done
+tagvisor stop ending
+ended_as 3 $ending
+ended_as 0 $migrating
+ended_as 4 $at
+grep -F 'when it ended there' report || fail "it does not say that the guest ended there: $(cat report progress)"
 console_lacks guest FAIL

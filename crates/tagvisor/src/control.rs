@@ -200,6 +200,8 @@ pub struct MigrationReport {
     pub pages: u64,
     /// Pages that the destination fetched after the guest went on there.
     pub fetched: u64,
+    /// The guest ended there before all its pages were.
+    pub ended: bool,
     /// Bytes sent.
     pub bytes: u64,
     /// Those of them that are tags.
@@ -259,6 +261,9 @@ pub enum Refusal {
     /// It was tried, and failed.
     #[error("{0}")]
     Failed(String),
+    /// The guest was handed over: it is not known where it runs, or pages of it are at both sides.
+    #[error("{0}")]
+    Unsettled(String),
 }
 
 const fn state_in_words(state: VmState) -> &'static str {
@@ -335,7 +340,8 @@ pub trait Vmm: Send + Sync + 'static {
     /// Sends the guest to another host. Comes back when it is there, all of it, or stays.
     ///
     /// # Errors
-    /// [`Refusal::State`] if it neither runs nor is paused; [`Refusal::Failed`] says where the guest is, and what to do.
+    /// [`Refusal::State`] if it neither runs nor is paused; [`Refusal::Failed`] if the guest stays; [`Refusal::Unsettled`] says where it
+    /// may be, and what to do.
     fn migrate(&self, request: MigrationRequest) -> Result<MigrationReport, Refusal>;
 
     /// Gives up the migration that is on its way. What became of it tells whoever asked for it.

@@ -717,6 +717,7 @@ where
         } else {
             drop(machine);
         }
+        self.end_attendance();
         self.set_state(VmState::Shutdown);
     }
 

@@ -58,6 +58,17 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether what was asked for may have been done, or a part of it: the VMM says so, or said nothing more.
+    pub const fn leaves_open(&self) -> bool {
+        match self {
+            Self::Refused { status, .. } => *status == Status::Conflict as u16,
+            Self::Silent { .. } | Self::Io { .. } | Self::Strange { .. } => true,
+            Self::Nobody(_) => false,
+        }
+    }
+}
+
 /// A VMM that can be asked through its socket.
 #[derive(Clone, Debug)]
 pub struct Client {

@@ -33,6 +33,7 @@ pub enum Status {
     NotFound = 404,
     MethodNotAllowed = 405,
     RequestTimeout = 408,
+    Conflict = 409,
     LengthRequired = 411,
     ContentTooLarge = 413,
     UpgradeRequired = 426,

@@ -330,6 +330,7 @@ impl Failure {
                 let status = match refusal {
                     Refusal::NoVm => Status::NotFound,
                     Refusal::State { .. } => Status::MethodNotAllowed,
+                    Refusal::Unsettled(_) => Status::Conflict,
                     Refusal::VmExists
                     | Refusal::Debugged(_)
                     | Refusal::Unsupported(_)

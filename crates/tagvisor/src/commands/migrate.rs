@@ -21,15 +21,21 @@ use crate::api::migration::{DOWNTIME_MS, PostCopyMode, SendMigrationConfig, pars
 use crate::control::{Decision, MigrationReport};
 use crate::signals::EndingSignals;
 
+/// The status when it is not known where the guest is, or it is at both sides.
+const UNSETTLED: u8 = 3;
+
 const AFTER_HELP: &str = "\
 The destination waits with `tagvisor receive`. Progress goes to standard error: a bar on a terminal,
 otherwise one line of JSON a second. Ctrl-C ends the watching, not the migration: that goes on in
 the VMM.
 
 Exit status:
-  0  all of the guest is at the destination; with --cancel or --decide: it was done
-  1  it was not; standard error says where the guest is, and what to do
+  0  the guest moved: all of it is at the destination, or it has ended there; with --cancel or --decide:
+     it was done
+  1  the guest stays here; with --cancel or --decide: it was not done
   2  the command line is wrong
+  3  the guest was handed over, and it is not known where it runs, or pages of it are at both sides, or
+     the VMM does not answer any more; standard error says what to do
   128 and more: a signal ended the watching; its number is added to 128
 
 docs/migration.md says what each failure leaves, and what --recover and --decide do.";
@@ -147,7 +153,14 @@ fn send(machine: &Machine, destination: &Address, how: &How) -> super::Result {
         closing.close();
         let _ = writeln!(std::io::stderr(), "{}", farewell(&name));
     })?;
-    let report = sent(machine, &config, &watch)?;
+    let report = match sent(machine, &config, &watch) {
+        Ok(report) => report,
+        Err(error) if is_unsettled(&error) => {
+            let _ = writeln!(std::io::stderr(), "tagvisor: {error}");
+            return Ok(UNSETTLED.into());
+        }
+        Err(error) => return Err(error.into()),
+    };
     if how.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
@@ -158,6 +171,14 @@ fn send(machine: &Machine, destination: &Address, how: &How) -> super::Result {
         );
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether the guest may be elsewhere, or in two halves, after a migration was asked for and this came of it.
+const fn is_unsettled(error: &Error) -> bool {
+    match error {
+        Error::Asked { source, .. } => source.leaves_open(),
+        Error::NoSuch { .. } | Error::Name(_) => false,
+    }
 }
 
 /// What a user should know before a guest's memory is sent to where others can read it.
@@ -221,12 +242,16 @@ fn in_words(report: &MigrationReport) -> String {
         0 => String::new(),
         pages => format!(", {} fetched after it went on there", count(pages)),
     };
+    let ended = match report.ended {
+        true => ", of which it needed no more when it ended there",
+        false => "",
+    };
     let slowed = match report.slowed {
         0 => String::new(),
         percent => format!(", slowed down by {percent} % at last"),
     };
     format!(
-        "{} ({} of tags) in {}, {} pages in {} rounds{fetched}, the guest stood still for {}{slowed}",
+        "{} ({} of tags) in {}, {} pages in {} rounds{fetched}{ended}, the guest stood still for {}{slowed}",
         bytes(report.bytes),
         bytes(report.tag_bytes),
         microseconds(report.total_us),
@@ -386,6 +411,36 @@ mod tests {
             ),
             "{error}"
         );
+        assert!(!is_unsettled(&error));
+    }
+
+    #[test]
+    fn a_guest_that_is_at_both_sides_or_of_which_nothing_is_known_has_a_status_of_its_own() {
+        let vmm = Double::running();
+        vmm.refuse(Refusal::Unsettled("3 pages of it are still here".into()));
+        let (_server, _directory, machine) = machine(vmm);
+        let watch = watch::Watch::new(&machine.client);
+
+        let halves = sent(&machine, &SendMigrationConfig::to("unix:/run/b"), &watch).unwrap_err();
+        let killed = Error::Asked {
+            name: "web".into(),
+            source: crate::api::client::Error::Io {
+                socket: "/run/a".into(),
+                source: std::io::ErrorKind::UnexpectedEof.into(),
+            },
+        };
+
+        assert!(is_unsettled(&halves) && is_unsettled(&killed));
+    }
+
+    #[test]
+    fn a_guest_that_ended_there_is_said_to_have() {
+        let report = MigrationReport {
+            ended: true,
+            ..migration_report()
+        };
+        let words = in_words(&report);
+        assert!(words.contains("when it ended there"), "{words}");
     }
 
     #[test]

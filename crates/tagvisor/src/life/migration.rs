@@ -5,14 +5,15 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
 
 use engine::{Hypervisor, Vm, VmBuilder};
+use migration::handover::Destination;
 use migration::{
-    Away, Decider, Departure, Fill, Filling, Happening, Held, Options, Receiver, Report, Verdict,
-    depart, handover,
+    Away, Decider, Departure, Fill, Filling, Happening, Held, Options, Report, Verdict, depart,
+    handover,
 };
 use vmm::config::MachineConfig;
 use vmm::console::Console;
@@ -87,6 +88,34 @@ pub(super) struct Between {
     away: Option<Box<Away>>,
     /// It came, and it is not known whether it may run.
     undecided: Option<Decider>,
+    /// It came, and another thread attends to it.
+    attendance: Option<Attendance>,
+}
+
+/// A guest that has come, and is attended to.
+struct Attendance {
+    decider: Decider,
+    /// Closed when the source knows all that it is to know.
+    done: Receiver<()>,
+}
+
+/// For how long the end of a guest is held up by telling its source.
+const TELLING: Duration = Duration::from_secs(5);
+
+impl Attendance {
+    /// The guest has ended here: its source lets go of what it has. Returns whether the source knows where the guest went.
+    fn end(self) -> bool {
+        let before = self.decider.state();
+        let _ = self.decider.end();
+        match before {
+            Destination::Running | Destination::Complete => {
+                self.done.recv_timeout(TELLING) == Err(RecvTimeoutError::Disconnected)
+            }
+            // There is no link to tell it on.
+            Destination::Separated => false,
+            _ => true,
+        }
+    }
 }
 
 impl Between {
@@ -163,6 +192,7 @@ fn report_of(report: &Report) -> MigrationReport {
         rounds: report.rounds,
         pages: report.pages,
         fetched: report.fetched,
+        ended: report.ended,
         bytes: report.bytes,
         tag_bytes: report.tag_bytes,
         downtime_us: report.downtime.as_micros() as u64,
@@ -189,22 +219,27 @@ where
         }
         let away = self.between.away.take();
         if away.is_none() {
-            self.between.check()?;
+            let unsettled = |refusal: Refusal| Refusal::Unsettled(refusal.to_string());
+            self.between.check().map_err(unsettled)?;
             self.settle()?;
         }
         if request.recover != away.is_some() {
             let refusal = match &away {
-                Some(away) => what_to_do_here(away),
-                None => "there is no migration whose link could be mended".into(),
+                Some(away) => Refusal::Unsettled(what_to_do_here(away)),
+                None => Refusal::Failed("there is no migration whose link could be mended".into()),
             };
             self.between.away = away;
-            return Err(Refusal::Failed(refusal));
+            return Err(refusal);
         }
         let line = match Line::new(request) {
             Ok(line) => line,
             Err(error) => {
+                let refusal = match &away {
+                    Some(_) => Refusal::Unsettled(error.to_string()),
+                    None => Refusal::Failed(error.to_string()),
+                };
                 self.between.away = away;
-                return Err(Refusal::Failed(error.to_string()));
+                return Err(refusal);
             }
         };
         let config = match &self.tenant {
@@ -266,7 +301,7 @@ where
                     info.reason = Some(what.clone());
                 }
                 tracing::error!("{error}; {what}");
-                Err(Refusal::Failed(format!("{error}; {what}")))
+                Err(Refusal::Unsettled(format!("{error}; {what}")))
             }
         }
     }
@@ -285,7 +320,7 @@ where
             .between
             .undecided
             .as_ref()
-            .ok_or_else(|| Refusal::Failed("there is nothing to decide".into()))?;
+            .ok_or_else(|| Refusal::Failed(self.why_nothing_is_to_decide()))?;
         // The thread that waits for the source sees it, and has the guest run or discarded.
         match decision {
             Decision::Here => decider.take_over().map_err(|_| {
@@ -294,6 +329,38 @@ where
                 )
             }),
             Decision::Elsewhere => failed(decider.forget()),
+        }
+    }
+
+    /// What a guest is about which nobody can decide.
+    fn why_nothing_is_to_decide(&self) -> String {
+        let pages = self.fill().map_or(0, |fill| {
+            let progress = fill.progress();
+            progress.pages.saturating_sub(progress.placed)
+        });
+        let state = self.between.attendance.as_ref();
+        match state.map(|attendance| attendance.decider.state()) {
+            Some(Destination::Running) => format!(
+                "there is nothing to decide: the guest runs here, and {pages} pages of it, which are still at the source, are on their way"
+            ),
+            Some(Destination::Separated) => format!(
+                "the guest is here, but for {pages} pages that are at the source and nowhere else: without them it cannot go on, whatever is \
+                 decided. `tagvisor migrate NAME --recover ADDRESS` there mends the link. If the source's process is gone, the guest is lost: \
+                 `tagvisor kill NAME` here gives up what is left of it"
+            ),
+            _ => "there is nothing to decide: the guest is here, all of it".into(),
+        }
+    }
+
+    /// The machine has ended: a source that still has pages of its guest is told that they are needed no more.
+    pub(super) fn end_attendance(&mut self) {
+        if let Some(attendance) = self.between.attendance.take()
+            && !attendance.end()
+        {
+            tracing::error!(
+                "the guest's machine has ended, and the source of its migration could not be told: \
+                 `tagvisor migrate NAME --decide elsewhere` there gives up what is left there"
+            );
         }
     }
 
@@ -309,8 +376,9 @@ where
         let taken = away.take_back(&mut guest);
         drop(guest);
         if let Err(error) = taken {
+            let what = what_to_do_here(&away);
             self.between.away = Some(away);
-            return Err(Refusal::Failed(error.to_string()));
+            return Err(Refusal::Failed(format!("{error}; {what}")));
         }
         // Whether it ran before is forgotten: whoever takes it back wants it to.
         if let Some(machine) = self
@@ -399,7 +467,7 @@ where
             &mut build,
             on_event(self.life.clone()),
         );
-        let receiver = Receiver::new(door, PATIENCE)?;
+        let receiver = migration::Receiver::new(door, PATIENCE)?;
         let held = receiver.receive(&mut coming, progress)?;
         let arrived = coming.arrived();
         match (arrived, made) {
@@ -471,7 +539,7 @@ where
         fill: Option<Arc<LazyFill>>,
     ) -> Result<(), ReceiveError> {
         let life = self.life.clone();
-        spawn(move || {
+        self.attended_by(held.decider(), move || {
             let runs = matches!(held.wait_again(), Verdict::Run);
             let (done, answered) = mpsc::channel();
             life.attended(Attended::Decided { runs, done });
@@ -483,7 +551,23 @@ where
 
     fn attend(&mut self, held: Held, fill: Option<Arc<LazyFill>>) -> Result<(), ReceiveError> {
         let life = self.life.clone();
-        spawn(move || attend_to(held, fill.as_deref(), &life))
+        self.attended_by(held.decider(), move || {
+            attend_to(held, fill.as_deref(), &life)
+        })
+    }
+
+    /// Has a thread attend to a guest that has come.
+    fn attended_by(
+        &mut self,
+        decider: Decider,
+        attend: impl FnOnce() + Send + 'static,
+    ) -> Result<(), ReceiveError> {
+        let (doing, done) = mpsc::channel();
+        self.between.attendance = Some(Attendance { decider, done });
+        spawn(move || {
+            let _doing: Sender<()> = doing;
+            attend();
+        })
     }
 
     /// An order of the thread that attends to a guest that has come.

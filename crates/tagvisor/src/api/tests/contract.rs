@@ -199,6 +199,25 @@ fn what_is_refused_is_answered_as_described() {
 }
 
 #[test]
+fn a_migration_that_is_unsettled_is_answered_as_described() {
+    let document = document();
+    let operations = operations(&document);
+    let sending = operations
+        .iter()
+        .find(|operation| operation.name == "vm.send-migration");
+    let sending = sending.unwrap();
+    let served = eventful();
+    served
+        .vmm
+        .refuse(Refusal::Unsettled("3 pages of it are still here".into()));
+
+    let answer = served.ask("PUT", &sending.name, &sending.example());
+
+    assert_eq!(answer.0, 409);
+    assert_eq!(sending.check(&answer), Ok(()));
+}
+
+#[test]
 fn without_a_machine_the_answers_are_as_described() {
     assert_eq!(complaints(|served| served.vmm.set_info(None)), [""; 0]);
 }

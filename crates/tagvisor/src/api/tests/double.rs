@@ -224,6 +224,7 @@ pub fn migration_report() -> MigrationReport {
     MigrationReport {
         rounds: 3,
         pages: 27_511,
+        ended: false,
         fetched: 512,
         bytes: 46 << 20,
         tag_bytes: 1 << 20,
