@@ -39,6 +39,20 @@ initrd_with() {
     (cd "$2" && find . | busybox cpio -o -H newc 2> /dev/null) | cat "$LAB/kernels/$1/initrd.cpio" - > "$2.initrd"
 }
 
+# python_into FOLDER MODULE…: Debian's Python and sqlite3 in FOLDER, with what these modules and Python's start need. Sets $python.
+python_into() {
+    local folder=$1 modules binaries libraries
+    shift
+    python=$(readlink -f "$(command -v python3)")
+    mapfile -t modules < <(python3 -S -E -c 'import importlib, encodings.ascii, encodings.idna, sys
+for name in sys.argv[1:]: importlib.import_module(name)
+for module in list(sys.modules.values()):
+    if getattr(module, "__file__", None): print(module.__file__)' "$@")
+    mapfile -t binaries < <(echo "$python"; command -v sqlite3; printf '%s\n' "${modules[@]}" | grep '\.so$')
+    mapfile -t libraries < <(ldd "${binaries[@]}" | grep -o '/[^ ]*\.so[^ :]*')
+    printf '%s\n' "${modules[@]}" "${binaries[@]}" "${libraries[@]}" | sort -u | xargs cp --parents -L -t "$folder"
+}
+
 # payload NAME PAYLOAD [OPTION…]: runs a bare-metal payload, which must say that all is well.
 payload() {
     local name=$1 binary=$LAB/bin/$2.bin

@@ -4,17 +4,8 @@
 # saved in the midst of them, and they go on after an eager and after a lazy restore, if the disk is as it was.
 . "$(dirname "$0")/guests.bash"
 
-# The interpreter, what the program imports, what Python needs to start, and their libraries.
 mkdir guest
-python=$(readlink -f "$(command -v python3)")
-python3 -S -E -c 'import encodings.ascii, os, random, sqlite3, sys
-for module in list(sys.modules.values()):
-    if getattr(module, "__file__", None):
-        print(module.__file__)' > modules
-mapfile -t binaries < <(echo "$python"; command -v sqlite3; grep '\.so$' modules)
-ldd "${binaries[@]}" | grep -o '/[^ ]*\.so[^ :]*' | sort -u >> modules
-printf '%s\n' "${binaries[@]}" >> modules
-sort -u modules | xargs cp --parents -L -t guest
+python_into guest os random sqlite3 sys
 cp "$LAB/programs/ledger.py" guest
 cat > guest/work << END
 set -eu
