@@ -44,14 +44,19 @@ pub struct Arguments {
     /// At instants that follow from this
     #[arg(long, value_name = "S", requires = "faults")]
     seed: Option<u16>,
+    /// Only the tests that move a guest again and again, and so many times
+    #[arg(long, value_name = "N", conflicts_with_all = ["native", "faults"])]
+    moves: Option<u32>,
     /// Only tests whose name contains this
     filter: Option<String>,
 }
 
 /// The test that breaks migrations.
 const FAULTS: &str = "migration-faults";
-/// What one of them takes at most, on a machine that is not busy.
+/// What one of them, or a move, takes at most, on a machine that is not busy.
 const A_FAULT: Duration = Duration::from_secs(60);
+/// The tests that move a guest again and again.
+const MOVING: &[&str] = &["migration", "migration-at-work", "migration-two-hosts"];
 
 /// How many tests ended how.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -79,13 +84,20 @@ impl std::fmt::Display for Tally {
     }
 }
 
+impl Arguments {
+    /// How often something happens in the tests that were asked for, if that was said.
+    fn repeats(&self) -> Option<u32> {
+        self.faults.or(self.moves)
+    }
+}
+
 /// Runs the tests; the status is 1 if any failed.
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let filter = match arguments.faults {
         Some(_) => Some(FAULTS),
         None => arguments.filter.as_deref(),
     };
-    let only_lab = arguments.lab || arguments.faults.is_some();
+    let only_lab = arguments.lab || arguments.repeats().is_some();
     let mut parts = Vec::new();
     if !only_lab {
         parts.push(("native", native(filter)?));
@@ -260,15 +272,23 @@ fn in_host(lab: &Lab, filter: Option<&str>, arguments: &Arguments) -> Result<Par
     }
     // Those that share a host first, so that it boots once.
     scripts.sort_by_key(|script| !script.wants.can_share());
+    if arguments.moves.is_some() {
+        scripts.retain(|script| MOVING.contains(&&*script.name));
+    }
     let mut variables = String::new();
-    if let Some(faults) = arguments.faults {
-        variables = format!("export FAULTS={faults}\n");
-        for script in &mut scripts {
-            script.wants.limit = A_FAULT * (faults + 1);
+    for (name, value) in [
+        ("FAULTS", arguments.faults),
+        ("MOVES", arguments.moves),
+        ("SEED", arguments.seed.map(u32::from)),
+    ] {
+        if let Some(value) = value {
+            variables += &format!("export {name}={value}\n");
         }
     }
-    if let Some(seed) = arguments.seed {
-        variables += &format!("export SEED={seed}\n");
+    if let Some(repeats) = arguments.repeats() {
+        for script in &mut scripts {
+            script.wants.limit = script.wants.limit.max(A_FAULT * (repeats + 1));
+        }
     }
     let mut tally = Tally::default();
     let mut session = Session {
@@ -276,7 +296,7 @@ fn in_host(lab: &Lab, filter: Option<&str>, arguments: &Arguments) -> Result<Par
         host: None,
         output: Output::default(),
         variables,
-        tells: arguments.faults.is_some(),
+        tells: arguments.repeats().is_some(),
     };
     for script in &scripts {
         tally.add(session.test(script)?);
