@@ -66,7 +66,7 @@ impl Grid {
         let range = view.range();
         let width = width.max(1).next_power_of_two();
         let mut grid = Self::laid_out(&range, width, max_height.max(2));
-        view.visit(&mut |part| {
+        view.visit_tags(&mut |part| {
             grid.add(part);
             Ok(())
         })?;

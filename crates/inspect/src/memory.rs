@@ -11,6 +11,9 @@ use crate::error::Result;
 /// What takes pages that were read.
 pub type Visitor<'a> = &'a mut dyn FnMut(Run<'_>) -> Result<()>;
 
+/// What takes tags that were read, and the number of the first page that has them.
+pub type TagVisitor<'a> = &'a mut dyn FnMut(u64, &[TagPage]) -> Result<()>;
+
 /// A machine's memory, with tags, that can be read at random while it does not change, and its vCPUs.
 ///
 /// Pages are of [`stream::PAGE_SIZE`] bytes, and their numbers guest-physical addresses divided by that. Populated pages
@@ -42,6 +45,14 @@ pub trait TaggedMemory {
     /// # Errors
     /// Whatever keeps it from reading; what `each` returns.
     fn visit(&mut self, pages: Range<u64>, each: Visitor<'_>) -> Result<()>;
+
+    /// The same for tags alone. Memory that can be read so without its data is.
+    ///
+    /// # Errors
+    /// As for [`Self::visit`].
+    fn visit_tags(&mut self, pages: Range<u64>, each: TagVisitor<'_>) -> Result<()> {
+        self.visit(pages, &mut |run| each(run.first, run.tags))
+    }
 }
 
 impl<T: TaggedMemory + ?Sized> TaggedMemory for &mut T {
@@ -67,5 +78,9 @@ impl<T: TaggedMemory + ?Sized> TaggedMemory for &mut T {
 
     fn visit(&mut self, pages: Range<u64>, each: Visitor<'_>) -> Result<()> {
         (**self).visit(pages, each)
+    }
+
+    fn visit_tags(&mut self, pages: Range<u64>, each: TagVisitor<'_>) -> Result<()> {
+        (**self).visit_tags(pages, each)
     }
 }

@@ -10,7 +10,7 @@ use mte::TagPage;
 use stream::{Page, PageSet, PageSource, Run, ZERO_PAGE};
 
 use crate::error::{Error, Result};
-use crate::memory::{TaggedMemory, Visitor};
+use crate::memory::{TagVisitor, TaggedMemory, Visitor};
 
 /// Pages read at once when all are visited: 1 MiB.
 const BATCH: u64 = 256;
@@ -57,6 +57,24 @@ impl<S: PageSource> SourceMemory<S> {
             Some(run) => run.start..run.end.min(pages.end),
             None => pages.end..pages.end,
         }
+    }
+
+    /// Gives `each` the populated pages among `pages`, some at a time: the first, and how many.
+    fn each_batch(
+        &self,
+        pages: Range<u64>,
+        each: &mut dyn FnMut(u64, usize) -> Result<()>,
+    ) -> Result<()> {
+        let mut at = pages.start;
+        while at < pages.end {
+            let run = self.run_in(at..pages.end);
+            let end = run.end.min(run.start.saturating_add(BATCH));
+            if run.start < end {
+                each(run.start, (end - run.start) as usize)?;
+            }
+            at = end;
+        }
+        Ok(())
     }
 
     fn copy(&self, first: u64, data: &mut [Page], tags: &mut [TagPage]) -> Result<()> {
@@ -112,23 +130,32 @@ impl<S: PageSource> TaggedMemory for SourceMemory<S> {
         if self.has_tags() {
             tags.resize(BATCH as usize, TagPage::ZERO);
         }
-        let mut at = pages.start;
-        while at < pages.end {
-            let run = self.run_in(at..pages.end);
-            let end = run.end.min(run.start.saturating_add(BATCH));
-            let count = places(&(run.start..end), run.start);
-            if !count.is_empty() {
-                let tags = tags.get_mut(count.clone()).unwrap_or_default();
-                self.copy(run.start, &mut data[count.clone()], tags)?;
-                each(Run {
-                    first: run.start,
-                    data: &data[count],
-                    tags,
-                })?;
-            }
-            at = end;
-        }
+        self.each_batch(pages, &mut |first, count| {
+            let tags = tags.get_mut(..count).unwrap_or_default();
+            self.copy(first, &mut data[..count], tags)?;
+            each(Run {
+                first,
+                data: &data[..count],
+                tags,
+            })
+        })?;
         (self.data, self.tags) = (data, tags);
+        Ok(())
+    }
+
+    fn visit_tags(&mut self, pages: Range<u64>, each: TagVisitor<'_>) -> Result<()> {
+        let mut tags = std::mem::take(&mut self.tags);
+        tags.resize(BATCH as usize, TagPage::ZERO);
+        self.each_batch(pages, &mut |first, count| {
+            let tags = &mut tags[..count];
+            let read = self.source.read_tags(first, tags);
+            read.map_err(|source| Error::Source {
+                page: first,
+                source,
+            })?;
+            each(first, tags)
+        })?;
+        self.tags = tags;
         Ok(())
     }
 }
@@ -174,6 +201,13 @@ mod tests {
             }
             Ok(())
         }
+
+        fn read_tags(&self, first: u64, tags: &mut [TagPage]) -> io::Result<()> {
+            for (tags, page) in tags.iter_mut().zip(first..) {
+                *tags = TagPage::pack(&[page as u8; 256]);
+            }
+            Ok(())
+        }
     }
 
     fn memory(source: &Source) -> SourceMemory<&Source> {
@@ -203,6 +237,22 @@ mod tests {
         let first_tags: Vec<u8> = tags.iter().map(|tags| tags.unpack()[0]).collect();
         assert_eq!(first_tags, [0, 4, 5, 6, 7, 0, 9, 0]);
         assert_eq!(*source.read.borrow(), [4..8, 9..10]);
+    }
+
+    #[test]
+    fn a_visit_of_tags_reads_no_data() {
+        let source = Source::default();
+        let mut seen = Vec::new();
+
+        let visited = memory(&source).visit_tags(5..100, &mut |first, tags| {
+            assert_eq!(tags[0].unpack()[0], first as u8);
+            seen.push(first..first + tags.len() as u64);
+            Ok(())
+        });
+
+        assert!(visited.is_ok());
+        assert_eq!(seen, [5..8, 9..10]);
+        assert_eq!(*source.read.borrow(), []);
     }
 
     #[test]

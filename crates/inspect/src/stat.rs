@@ -191,7 +191,7 @@ impl Statistics {
         view.must_have_tags()?;
         let range = view.range();
         let mut regions = Regions::of(&range);
-        view.visit(&mut |part| {
+        view.visit_tags(&mut |part| {
             regions.add(part);
             Ok(())
         })?;

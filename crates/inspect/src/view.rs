@@ -115,14 +115,16 @@ impl<'a> View<'a> {
         Ok(())
     }
 
-    /// Gives all parts to `each`, pages first, in the order that costs least. Pages that the range cuts are whole.
-    pub(crate) fn visit(&mut self, each: EachPart<'_>) -> Result<()> {
+    /// Gives all parts to `each`, pages first, in the order that costs least, with tags and mostly without data. Pages that the
+    /// range cuts are whole.
+    pub(crate) fn visit_tags(&mut self, each: EachPart<'_>) -> Result<()> {
         if let Space::Virtual(_) = self.space {
             return self.visit_in_order(each);
         }
         let pages = self.range.start / PAGE..self.range.end.div_ceil(PAGE);
-        self.memory.visit(pages.clone(), &mut |run| {
-            each(Part::Pages(run.first * PAGE, run))
+        self.memory.visit_tags(pages.clone(), &mut |first, tags| {
+            let data = &[];
+            each(Part::Pages(first * PAGE, Run { first, data, tags }))
         })?;
         let mut at = pages.start;
         while at < pages.end {

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use mte::TagPage;
 
-use crate::batch::{Batch, Page};
+use crate::batch::{Batch, Page, ZERO_PAGE};
 use crate::error::{Error, Result};
 use crate::header::Metadata;
 
@@ -29,6 +29,15 @@ pub trait PageSource {
     /// # Errors
     /// Whatever keeps it from reading.
     fn read(&self, first: u64, data: &mut [Page], tags: &mut [TagPage]) -> io::Result<()>;
+
+    /// Copies the tags alone of pages `first` and following. A source that can do so without reading
+    /// their data does.
+    ///
+    /// # Errors
+    /// Whatever keeps it from reading.
+    fn read_tags(&self, first: u64, tags: &mut [TagPage]) -> io::Result<()> {
+        self.read(first, &mut vec![ZERO_PAGE; tags.len()], tags)
+    }
 }
 
 /// Memory that pages are placed in, by many threads at once.

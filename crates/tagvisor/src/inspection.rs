@@ -53,6 +53,8 @@ mod wanted {
     pub const RUN: u32 = 3;
     /// Pages: data of all, then tags of all, if there are tags.
     pub const PAGES: u32 = 4;
+    /// Tags of pages, without their data.
+    pub const TAGS: u32 = 5;
 }
 
 /// How a request went.

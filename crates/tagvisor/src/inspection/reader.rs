@@ -134,13 +134,32 @@ impl PageSource for Pages {
             }
             let (bytes, packed) = answer.split_at(size_of_val(data));
             data.as_flattened_mut().copy_from_slice(bytes);
-            let packed = packed.as_chunks::<TAG_BYTES>().0;
-            for (tags, packed) in tags.next().into_iter().flatten().zip(packed) {
-                *tags = TagPage::from_packed(*packed);
-            }
+            unpack(packed, tags.next().unwrap_or_default());
             at += count as u64;
         }
         Ok(())
+    }
+
+    fn read_tags(&self, first: u64, tags: &mut [TagPage]) -> io::Result<()> {
+        if let Some(file) = &self.file {
+            return file.read_tags(first, tags);
+        }
+        let mut at = first;
+        for tags in tags.chunks_mut(MAX_PAGES) {
+            let (answer, _) = self.lease.ask(wanted::TAGS, tags.len() as u32, at)?;
+            if answer.len() != tags.len() * TAG_BYTES {
+                return Err(strange("it gives other tags than were asked for"));
+            }
+            unpack(&answer, tags);
+            at += tags.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+fn unpack(packed: &[u8], tags: &mut [TagPage]) {
+    for (tags, packed) in tags.iter_mut().zip(packed.as_chunks::<TAG_BYTES>().0) {
+        *tags = TagPage::from_packed(*packed);
     }
 }
 

@@ -103,6 +103,26 @@ fn a_reader_sees_the_vcpus_and_the_pages_with_their_tags() {
 }
 
 #[test]
+fn a_reader_that_wants_tags_alone_gets_them() {
+    let (lease, _released) = lease();
+    let mut memory = Reader::new(served(lease)).unwrap().memory().unwrap();
+    let mut seen = 0;
+
+    let visited = memory.visit_tags(FIRST..FIRST + 1024, &mut |first, tags| {
+        let right = tags
+            .iter()
+            .zip(first..)
+            .all(|(tags, page)| *tags == TagPage::pack(&[page as u8 & 0xf; 256]));
+        assert!(right, "those from page {first:#x} on");
+        seen += tags.len() as u64;
+        Ok(())
+    });
+
+    assert!(visited.is_ok());
+    assert_eq!(seen, PAGES);
+}
+
+#[test]
 fn a_memory_file_is_read_without_the_vmm() {
     let (mut lease, _released) = lease();
     let file = tempfile::tempfile().unwrap();

@@ -83,6 +83,10 @@ impl PageSource for MemoryFile {
             None => Ok(()),
         }
     }
+
+    fn read_tags(&self, first: u64, tags: &mut [TagPage]) -> io::Result<()> {
+        self.read(first, &mut [], tags)
+    }
 }
 
 /// The tags of a memory file. Of all of it a window is mapped, so that neither what is mapped nor the tables for it grow with

@@ -119,6 +119,16 @@ impl PageSource for GuestPages {
             }
         }
     }
+
+    fn read_tags(&self, first: u64, tags: &mut [TagPage]) -> io::Result<()> {
+        self.check(&(first..first.saturating_add(tags.len() as u64)))?;
+        match &self.tags {
+            Some(store) => store
+                .read_populated(address(first).0, tags)
+                .map_err(io::Error::other),
+            None => Ok(()),
+        }
+    }
 }
 
 impl PageSink for GuestPages {
