@@ -43,6 +43,18 @@ pub enum Error {
         /// How many are there.
         known: usize,
     },
+    /// A process of the guest's that no vCPU runs, or that none is known to.
+    #[error(
+        "no vCPU runs process {wanted}: {}; where its tables are is known while a vCPU runs it, of a Linux guest that says so \
+         (CONFIG_PID_IN_CONTEXTIDR): look again when it does, or give its first table with --ttbr",
+        what_they_run(.running)
+    )]
+    NoProcess {
+        /// The one asked for.
+        wanted: u32,
+        /// What each vCPU runs; 0 if it is idle or that is not known.
+        running: Vec<u32>,
+    },
     /// The saved state of a vCPU lacks a register.
     #[error("the saved state of the vCPU has no {0}")]
     NoRegister(&'static str),
@@ -87,6 +99,20 @@ fn those_there_are(known: usize) -> String {
         0 => "no vCPU's state is saved with this memory".into(),
         1 => "the machine has one, 0".into(),
         known => format!("the machine has 0 to {}", known - 1),
+    }
+}
+
+fn what_they_run(running: &[u32]) -> String {
+    let known = running
+        .iter()
+        .enumerate()
+        .filter(|(_, process)| **process != 0);
+    let known: Vec<String> = known
+        .map(|(vcpu, process)| format!("{process} (vCPU {vcpu})"))
+        .collect();
+    match known.as_slice() {
+        [] => "they are idle, or do not say what they run".into(),
+        known => format!("they run {}", known.join(" and ")),
     }
 }
 

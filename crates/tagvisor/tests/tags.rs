@@ -191,6 +191,7 @@ fn addresses_that_cannot_be_are_refused_with_what_there_is() {
         &[&range[..], &["--vcpu", "0"]].concat(),
     );
     let table = stat(&[&range[..], &["--ttbr", "0x7f0000000"]].concat());
+    let process = stat(&[&range[..], &["--pid", "7"]].concat());
     assert!(
         third.contains("there is no vCPU 2: the machine has 0 to 1"),
         "{third}"
@@ -201,6 +202,7 @@ fn addresses_that_cannot_be_are_refused_with_what_there_is() {
         "{memory_alone}"
     );
     assert!(table.contains("TCR_EL1"), "{table}");
+    assert!(process.contains("no vCPU runs process 7"), "{process}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::Args as ClapArgs;
 use inspect::walk::{Regime, Walker};
-use inspect::{Space, TaggedMemory, View};
+use inspect::{Space, TaggedMemory, View, vcpu_of_process};
 
 /// A range, and whose addresses it has.
 #[derive(ClapArgs)]
@@ -26,6 +26,9 @@ pub struct SpaceArgs {
     /// Addresses are virtual, with the first table at this guest-physical address, laid out as the vCPU's
     #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
     ttbr: Option<u64>,
+    /// Addresses are virtual, as this process of a Linux guest has them: one that a vCPU runs at the moment
+    #[arg(long, value_name = "N", conflicts_with_all = ["vcpu", "ttbr"])]
+    pid: Option<u32>,
 }
 
 /// A range of addresses.
@@ -109,11 +112,14 @@ impl SpaceArgs {
 
     /// Walks the tables that are meant; none if addresses are guest-physical.
     pub fn walker(&self, memory: &dyn TaggedMemory) -> Result<Option<Walker>, String> {
-        if self.vcpu.is_none() && self.ttbr.is_none() {
+        if self.vcpu.is_none() && self.ttbr.is_none() && self.pid.is_none() {
             return Ok(None);
         }
-        let wanted = self.vcpu.unwrap_or(0);
         let vcpus = memory.vcpus();
+        let wanted = match self.pid {
+            Some(pid) => vcpu_of_process(vcpus, pid).map_err(|e| e.to_string())?,
+            None => self.vcpu.unwrap_or(0),
+        };
         let missing = inspect::Error::NoVcpu {
             wanted,
             known: vcpus.len(),
