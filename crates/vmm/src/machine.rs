@@ -736,15 +736,25 @@ where
 }
 
 impl Event {
-    fn ending(self) -> Result<Ending, Error> {
+    /// What a machine's run comes to by this; none if it fails.
+    const fn known_ending(&self) -> Option<Ending> {
         match self {
-            Self::Vcpu(VcpuEvent::System(SystemEvent::Off)) => Ok(Ending::Off),
-            Self::Vcpu(VcpuEvent::System(SystemEvent::Reset)) => Ok(Ending::Reset),
-            Self::Vcpu(VcpuEvent::Debug { .. }) => Err(Error::NotDebugged),
+            Self::Vcpu(VcpuEvent::System(SystemEvent::Off)) => Some(Ending::Off),
+            Self::Vcpu(VcpuEvent::System(SystemEvent::Reset)) => Some(Ending::Reset),
+            Self::Vcpu(_) => None,
+            Self::Quit => Some(Ending::Asked),
+            Self::Interrupt => Some(Ending::Interrupted),
+        }
+    }
+
+    fn ending(self) -> Result<Ending, Error> {
+        if let Some(ending) = self.known_ending() {
+            return Ok(ending);
+        }
+        match self {
             Self::Vcpu(VcpuEvent::Failed(e)) => Err(e.into()),
             Self::Vcpu(VcpuEvent::Panicked) => Err(Error::VcpuPanicked),
-            Self::Quit => Ok(Ending::Asked),
-            Self::Interrupt => Ok(Ending::Interrupted),
+            _ => Err(Error::NotDebugged),
         }
     }
 }

@@ -206,7 +206,7 @@ fn a_guest_that_ends_its_machine_ends_the_debugging_and_the_machine_says_so() {
     let woken = debugged.wait();
     drop(debugged);
 
-    assert_eq!(woken, Woken::Ended);
+    assert_eq!(woken, Woken::Ended(Some(Ending::Off)));
     assert_eq!(host.machine.run().unwrap(), Ending::Off);
 }
 

@@ -24,6 +24,7 @@ use std::io::{self, Write};
 use std::ops::Range;
 
 use engine::{DebugExit, Vcpu};
+use gdbstub::common::Signal;
 use gdbstub::stub::state_machine::GdbStubStateMachine;
 use gdbstub::stub::{DisconnectReason, GdbStub};
 use mte::TagPage;
@@ -49,7 +50,16 @@ pub enum Event {
         exit: DebugExit,
     },
     /// The machine has ended. All vCPUs stand.
-    Ended,
+    Ended(Last),
+}
+
+/// The last that a client hears of a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Last {
+    /// Whether it is to be told of a program that was killed, or else of one that ended by itself.
+    pub killed: bool,
+    /// A sentence for whoever sits at it.
+    pub words: String,
 }
 
 /// A machine in a debugger's hands.
@@ -180,8 +190,8 @@ pub fn serve<D: Debuggee>(machine: &mut D, client: impl Write) -> Result<End, Er
                 }
             }
             Event::Gone => return Ok(End::Gone),
-            Event::Ended => {
-                report(stub, &mut target, Stop::Exited(0))?;
+            Event::Ended(last) => {
+                tell_end(stub, &mut target, &last)?;
                 return Ok(End::Ended);
             }
         }
@@ -198,6 +208,23 @@ fn report<'s, 'd, D: Debuggee, W: Write>(
         GdbStubStateMachine::Running(stub) => stub.report_stop(target, reason).map_err(failure),
         stub => Ok(stub),
     }
+}
+
+/// Tells the client that the machine is no more, if it waits for it: nothing may be said to one that does not.
+fn tell_end<'s, 'd, D: Debuggee, W: Write>(
+    mut stub: Machine<'s, 'd, D, W>,
+    target: &mut Stub<'d, D>,
+    last: &Last,
+) -> Result<(), Error> {
+    if let GdbStubStateMachine::Running(running) = &mut stub {
+        let line = format!("{}\n", last.words);
+        running.borrow_conn().say(&line).map_err(Error::Client)?;
+    }
+    let reason = match last.killed {
+        true => Stop::Terminated(Signal::SIGKILL),
+        false => Stop::Exited(0),
+    };
+    report(stub, target, reason).map(drop)
 }
 
 /// Takes what the client said.

@@ -16,7 +16,7 @@ use mte::TagPage;
 use proptest::prelude::*;
 
 use super::breakpoints::BRK;
-use super::{Debuggee, End, Error, Event, serve};
+use super::{Debuggee, End, Error, Event, Last, serve};
 use crate::registers::SCTLR_EL1;
 use crate::view::PAGE;
 
@@ -481,12 +481,44 @@ fn while_the_guest_runs_nothing_of_it_is_told() {
 fn the_end_of_the_machine_is_told() {
     let mut machine = Machine::new();
     machine.says("vCont;c");
-    machine.script.push_back(Event::Ended);
+    machine.script.push_back(Event::Ended(Last {
+        killed: false,
+        words: "off".into(),
+    }));
 
     let (end, answers) = machine.play();
 
     assert_eq!(end.unwrap(), End::Ended);
-    assert_eq!(answers, ["W00"]);
+    // "off" and the end of the line.
+    assert_eq!(answers, ["O6f66660a", "W00"]);
+}
+
+#[test]
+fn a_machine_that_cannot_go_on_was_killed() {
+    let mut machine = Machine::new();
+    machine.says("vCont;c");
+    machine.script.push_back(Event::Ended(Last {
+        killed: true,
+        words: String::new(),
+    }));
+
+    let (_, answers) = machine.play();
+
+    assert_eq!(answers, ["O0a", "X09"]);
+}
+
+#[test]
+fn a_client_that_waits_for_nothing_is_not_told_of_the_end() {
+    let mut machine = Machine::new();
+    machine.script.push_back(Event::Ended(Last {
+        killed: false,
+        words: "off".into(),
+    }));
+
+    let (end, answers) = machine.play();
+
+    assert_eq!(end.unwrap(), End::Ended);
+    assert!(answers.is_empty(), "{answers:?}");
 }
 
 #[test]

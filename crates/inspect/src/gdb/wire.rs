@@ -107,10 +107,25 @@ impl<W: Write> Client<W> {
             self.waiting.push(b'+');
             self.expected += 1;
         }
+        self.put(body)?;
+        self.send()
+    }
+
+    /// Shows text to whoever sits at the client, which waits for the machine to stop (gdb's manual, "Stop Reply Packets": `O`).
+    pub fn say(&mut self, text: &str) -> io::Result<()> {
+        self.expected += u32::from(self.acknowledges);
+        let mut body = vec![b'O'];
+        for byte in text.bytes() {
+            write!(body, "{byte:02x}")?;
+        }
+        self.put(&body)?;
+        self.send()
+    }
+
+    fn put(&mut self, body: &[u8]) -> io::Result<()> {
         self.waiting.push(b'$');
         self.waiting.extend_from_slice(body);
-        write!(self.waiting, "#{:02x}", checksum(body))?;
-        self.send()
+        write!(self.waiting, "#{:02x}", checksum(body))
     }
 
     /// Whether an acknowledgement is for one of our own answers.

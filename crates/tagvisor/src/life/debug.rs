@@ -17,11 +17,12 @@ use std::thread;
 use std::time::Duration;
 
 use engine::{Hypervisor, Vm, VmBuilder};
-use inspect::gdb::{self, Debuggee, End, Event};
+use inspect::gdb::{self, Debuggee, End, Event, Last};
 use mte::TagPage;
 use rustix::net::sockopt;
 use transport::unix::{self, SocketFile};
 use transport::{Address, Host};
+use vmm::machine::Ending;
 use vmm::machine::debug::{Debugged, Woken};
 
 use super::{Landlord, Life, Order, Shared};
@@ -337,6 +338,8 @@ where
     debugged: Debugged<'a, H>,
     session: &'a Session,
     shared: &'a Shared,
+    /// A guest that resets its machine has another one then.
+    starts_over: bool,
 }
 
 impl<H: Hypervisor> Patient<'_, H>
@@ -346,6 +349,24 @@ where
     fn set_state(&self, state: VmState) {
         if let Some(info) = &mut self.shared.known().info {
             info.state = state;
+        }
+    }
+
+    /// What the debugger is told of the machine's end; none if a vCPU cannot go on.
+    fn last(&self, ending: Option<Ending>) -> Last {
+        let words = match ending {
+            Some(Ending::Reset) if self.starts_over => {
+                "the guest reset its machine, which starts over without a debugger: come again at the same address"
+            }
+            Some(Ending::Reset) => "the guest reset its machine, and that is its end (--no-reboot)",
+            Some(Ending::Off) => "the guest switched its machine off",
+            Some(Ending::Asked | Ending::Interrupted) => "the machine was ended",
+            None => "a vCPU cannot go on: the VMM says why",
+        };
+        tracing::warn!("to the debugger ({}): {words}", self.session.peer);
+        Last {
+            killed: ending.is_none(),
+            words: format!("tagvisor: {words}"),
         }
     }
 
@@ -431,7 +452,7 @@ where
                     self.set_state(VmState::Paused);
                     return Event::Stopped { vcpu, exit };
                 }
-                Woken::Ended => return Event::Ended,
+                Woken::Ended(ending) => return Event::Ended(self.last(ending)),
             }
         }
     }
@@ -459,6 +480,7 @@ where
         self.settle()?;
         let before = self.state().ok_or(Refusal::NoVm)?;
         let shared = self.shared.clone();
+        let starts_over = self.starts_over();
         let machine = self.machine_in(before, "debugged")?;
         let debugged = machine
             .debug()
@@ -467,6 +489,7 @@ where
             debugged,
             session,
             shared: &shared,
+            starts_over,
         };
         if let Some(info) = &mut shared.known().info {
             info.state = VmState::Paused;

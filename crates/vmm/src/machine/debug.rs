@@ -14,7 +14,7 @@ use engine::{DebugExit, GuestDebug, Hypervisor, Vcpu};
 use mte::TagPage;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Error, Event, Machine, Running, VcpuOf, start_threads};
+use super::{Ending, Error, Event, Machine, Running, VcpuOf, start_threads};
 use crate::layout::{PAGE_SIZE, RAM_START};
 use crate::memory::tags::TagStore;
 use crate::vcpu::{VcpuEvent, VcpuThreads};
@@ -58,8 +58,8 @@ pub enum Woken {
         /// To what.
         exit: DebugExit,
     },
-    /// The guest ended its machine, or somebody did, or it cannot go on: [`Machine::run`] says so next. All vCPUs stand.
-    Ended,
+    /// The guest ended its machine, or somebody did: [`Machine::run`] says so next. None if a vCPU cannot go on. All vCPUs stand.
+    Ended(Option<Ending>),
 }
 
 /// vCPUs that run for a debugger, and their numbers.
@@ -170,9 +170,10 @@ where
 
     /// Waits for something to do.
     pub fn wait(&mut self) -> Woken {
-        if self.machine.seen.is_some() {
+        if let Some(event) = &self.machine.seen {
+            let ending = event.known_ending();
             self.stop();
-            return Woken::Ended;
+            return Woken::Ended(ending);
         }
         if std::mem::take(&mut self.interrupted) {
             return Woken::Interrupted;
@@ -185,9 +186,9 @@ where
                 Woken::Stopped { vcpu, exit }
             }
             Ok(event) => {
-                self.machine.seen.get_or_insert(event);
+                let ending = self.machine.seen.get_or_insert(event).known_ending();
                 self.stop();
-                Woken::Ended
+                Woken::Ended(ending)
             }
         }
     }
