@@ -45,6 +45,23 @@ impl Tally {
     }
 }
 
+/// How many granules of a page have each tag. Bytes are counted first, each of which has two of them: that is half the work.
+fn frequencies(tags: &TagPage) -> [u32; Tag::COUNT] {
+    // A page has 128 of them, so that no count and no sum is more than a byte holds.
+    let mut bytes = [[0u8; Tag::COUNT]; Tag::COUNT];
+    for byte in tags.as_packed() {
+        bytes[usize::from(byte >> 4)][usize::from(byte & 0xf)] += 1;
+    }
+    let mut low = [0u8; Tag::COUNT];
+    for row in &bytes {
+        for (sum, count) in low.iter_mut().zip(row) {
+            *sum += count;
+        }
+    }
+    let high = bytes.map(|row| row.iter().sum::<u8>());
+    std::array::from_fn(|tag| u32::from(low[tag]) + u32::from(high[tag]))
+}
+
 /// Memory, row by row, from the upper left on.
 pub struct Grid {
     /// The first byte of the first cell: the range's, or somewhat before.
@@ -153,6 +170,14 @@ impl Grid {
             }
             return;
         }
+        if granules == PAGE / GRANULE {
+            if let Some(tally) = self.at(address) {
+                for (tag, count) in Tag::all().zip(frequencies(tags)) {
+                    tally.add(tag, count);
+                }
+            }
+            return;
+        }
         let tags = tags.unpack();
         for (cell, tags) in (0..).zip(tags.chunks(granules as usize)) {
             if let Some(tally) = self.at(address + cell * granules * GRANULE) {
@@ -170,5 +195,23 @@ impl Grid {
             tally.hole = true;
             at = (at / self.cell_bytes * self.cell_bytes).saturating_add(self.cell_bytes);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_granule_of_a_page_counts_once() {
+        let mut of_granules = [3; 256];
+        of_granules[7] = 9;
+        of_granules[8] = 9;
+        of_granules[255] = 15;
+        let mut expected = [0; Tag::COUNT];
+        (expected[3], expected[9], expected[15]) = (253, 2, 1);
+
+        assert_eq!(frequencies(&TagPage::pack(&of_granules)), expected);
+        assert_eq!(frequencies(&TagPage::ZERO)[0], 256);
     }
 }
