@@ -5,7 +5,7 @@
 set -euo pipefail
 . /lab/benches/figures.bash
 
-rounds=${ROUNDS:-5}
+rounds=${ROUNDS:-3}
 limit_kib=65536
 declare -A us=() peak=()
 

@@ -198,29 +198,3 @@ detach
 END
 ended_as 0 $machine
 console_has web 'guest: exit 0'
-
-# A guest that resets its machine ends the session, with words; whoever comes again is at the machine that started over.
-tagvisor run --name again --cpus 2 --memory 256M --kernel "$LAB/kernels/trixie/Image" --initrd "$LAB/kernels/trixie/initrd.cpio" \
-    --cmdline 'console=ttyS0 quiet panic=-1 -- echo up; sleep 20; reboot -f' --console "file=$OUT/again.console" \
-    < /dev/null 2> again.err &
-machine=$!
-wait_for_console again up $machine
-tagvisor gdb again --listen tcp://127.0.0.1:0 --json > listen.json
-port=$(jq -r .listen listen.json | sed 's/.*://')
-gdb_does reset << END
-target remote 127.0.0.1:$port
-hbreak *$jiffies
-continue
-END
-says reset 'the guest reset its machine, which starts over'
-says reset 'exited normally'
-grep -q 'the guest reset its machine' again.err || fail "the VMM does not say so: $(cat again.err)"
-gdb_does again << END
-target remote 127.0.0.1:$port
-info threads
-detach
-END
-says again 'Thread 1\.2 .*vCPU 1'
-wait_for_console_times again up 2 $machine
-tagvisor stop again
-ended_as 3 $machine
