@@ -2,7 +2,8 @@
 //!
 //! [`serve`] speaks with one client until it detaches or is gone. What it debugs is a [`Debuggee`], whose vCPUs stand at the
 //! beginning and at the end, without a trace of the client's breakpoints. The protocol is gdbstub's; packets that it does not
-//! know are taken out of the stream before it (`wire.rs`): those of memory tags ([`memory_tags`]).
+//! know are taken out of the stream before it (`wire.rs`): those of memory tags ([`memory_tags`]), and lldb's for the regions that
+//! may have them.
 //!
 //! The guest's own BRK instructions stay the guest's: where a debugger has BRK instructions of its own in memory, the hypervisor
 //! lets all of them out, and those that are not the debugger's are given back as the exceptions that they would have been.
@@ -278,11 +279,33 @@ fn answer<D: Debuggee>(target: &mut Stub<'_, D>, body: &mut [u8]) -> Option<Vec<
         refuse(Errno::INVALID, &mut reply);
         return Some(answer);
     }
+    if let Some(address) = body.strip_prefix(b"qMemoryRegionInfo:".as_slice()) {
+        match region(target, address) {
+            Ok(region) => reply(region.as_bytes()),
+            Err(errno) => refuse(errno, &mut reply),
+        }
+        return Some(answer);
+    }
     match Packet::parse(body)? {
         Ok(packet) => packet.answer(target, &mut reply),
         Err(_) => refuse(Errno::INVALID, &mut reply),
     }
     Some(answer)
+}
+
+/// The answer to `qMemoryRegionInfo:ADDRESS` (lldb's "GDB Remote Protocol Extensions"). A guest's permissions are of its levels;
+/// the debugger has all.
+fn region<D: Debuggee>(target: &mut Stub<'_, D>, address: &[u8]) -> Result<String, Errno> {
+    let address = std::str::from_utf8(address).ok();
+    let address = address.and_then(|text| u64::from_str_radix(text, 16).ok());
+    let region = target.region(address.ok_or(Errno::INVALID)?)?;
+    let Range { start, end } = region.addresses;
+    let what = match (region.is_ram, target.machine().has_tags()) {
+        (true, true) => "permissions:rwx;flags:mt;",
+        (true, false) => "permissions:rwx;",
+        (false, _) => "",
+    };
+    Ok(format!("start:{start:x};size:{:x};{what}", end - start))
 }
 
 /// Whether a read of memory is one that fits a packet and the address space: gdbstub reads and sends whatever it is asked

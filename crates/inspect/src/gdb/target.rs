@@ -284,6 +284,13 @@ impl<'d, D: Debuggee> Stub<'d, D> {
         translation::locate(self.machine, regime, address, length).map_err(|_| FAULT)
     }
 
+    /// What is like an address, for lldb, which wants to know that before it reads tags.
+    pub(super) fn region(&self, address: u64) -> Result<translation::Region, Errno> {
+        let regime = self.machine.vcpu(self.focus).map(translation::regime);
+        let regime = regime.and_then(Result::ok).ok_or(Errno::INVALID)?;
+        translation::region(self.machine, regime, without_tag(address)).map_err(|_| Errno::FAULT)
+    }
+
     /// Reads as much as is mapped.
     fn read(
         &self,

@@ -17,7 +17,7 @@ use proptest::prelude::*;
 
 use super::breakpoints::BRK;
 use super::{Debuggee, End, Error, Event, Last, serve};
-use crate::registers::SCTLR_EL1;
+use crate::registers::{SCTLR_EL1, TCR_EL1, TTBR0_EL1};
 use crate::view::PAGE;
 
 const RAM: u64 = 0x4000_0000;
@@ -317,6 +317,60 @@ fn tags_are_set_and_read_by_their_packets() {
 }
 
 #[test]
+fn lldb_is_told_which_regions_can_have_tags() {
+    let mut machine = Machine::new();
+
+    let (_, answers) = machine.debug(&[
+        "qMemoryRegionInfo:3",
+        "qMemoryRegionInfo:0a00000040001234",
+        "qMemoryRegionInfo:40004000",
+        "qMemoryRegionInfo:nonsense",
+    ]);
+
+    assert_eq!(
+        answers,
+        [
+            "start:0;size:40000000;",
+            "start:40001000;size:3000;permissions:rwx;flags:mt;",
+            "start:40004000;size:ffffffffbfffbfff;",
+            "E16",
+        ]
+    );
+}
+
+#[test]
+fn regions_are_those_of_the_vcpus_tables() {
+    let mut machine = Machine::new();
+    // 39 bits, granules of 4 KiB: the only table maps the second GiB to itself.
+    let table = machine.place(RAM + 3 * PAGE + 8, 8).unwrap();
+    machine.memory[table].copy_from_slice(&(RAM | 0x401).to_le_bytes());
+    for (register, value) in [
+        (TCR_EL1, 25 << 16 | 25),
+        (TTBR0_EL1, RAM + 3 * PAGE),
+        (SCTLR_EL1, 1),
+    ] {
+        machine.vcpus[0].set_register_u64(register, value).unwrap();
+    }
+
+    let (_, answers) = machine.debug(&[
+        "qMemoryRegionInfo:1000",
+        "qMemoryRegionInfo:40001000",
+        "qMemoryRegionInfo:40004000",
+    ]);
+
+    assert_eq!(answers[0], "start:1000;size:3ffff000;");
+    assert_eq!(
+        answers[1],
+        "start:40001000;size:3000;permissions:rwx;flags:mt;"
+    );
+    // What no table can map is not mapped either.
+    assert!(
+        answers[2].starts_with("start:40004000;size:ffff"),
+        "{answers:?}"
+    );
+}
+
+#[test]
 fn a_tagged_pointer_leads_to_the_tags_of_what_it_points_at() {
     let mut machine = Machine::new();
 
@@ -554,7 +608,7 @@ proptest! {
         pieces in prop::collection::vec(prop_oneof![
             prop::collection::vec(any::<u8>(), 0..40),
             "[a-zA-Z?!]{1,2}[0-9a-f:;,=.+-]{0,30}".prop_map(|body| framed(&body)),
-            "(Z0,4000000[048c],4|vCont;[cs]:[12]|qMemTags:[0-9a-f]{1,9},[0-9a-f]{1,5}:[01]|D|g)"
+            "(Z0,4000000[048c],4|vCont;[cs]:[12]|qMemTags:[0-9a-f]{1,9},[0-9a-f]{1,5}:[01]|qMemoryRegionInfo:[0-9a-f]{1,16}|D|g)"
                 .prop_map(|body| framed(&body)),
         ], 0..20),
     ) {

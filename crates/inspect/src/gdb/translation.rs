@@ -11,10 +11,19 @@ use crate::error::{Error, Result};
 use crate::memory::{TaggedMemory, Visitor};
 use crate::registers::{SCTLR_EL1, TCR_EL1, TCR2_EL1, TTBR0_EL1, TTBR1_EL1};
 use crate::view::PAGE;
-use crate::walk::{Extent, Regime, Walker};
+use crate::walk::{Extent, Fault, Regime, Walker};
 
 /// Walks of tables for one request: of no more than this many pages.
 const MOST_WALKS: u64 = 1 << 16;
+
+/// Addresses that are alike.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// The last of them is in it, but for the last of all.
+    pub addresses: Range<u64>,
+    /// Whether they are mapped to RAM.
+    pub is_ram: bool,
+}
 
 /// The translation that a vCPU has now.
 ///
@@ -67,6 +76,47 @@ pub fn locate(
         done += size;
     }
     Ok(pieces)
+}
+
+/// The addresses from the page of `address` on that are all mapped to RAM, or all not; as many of them as one request may find.
+///
+/// # Errors
+/// A table cannot be read.
+pub fn region(machine: &impl Debuggee, regime: Regime, address: u64) -> Result<Region> {
+    let mut walker = Walker::new(regime).limited(MOST_WALKS);
+    let start = address - address % PAGE;
+    let (size, is_ram) = alike(machine, &mut walker, start)?;
+    let mut end = start.checked_add(size);
+    while let Some(at) = end {
+        match alike(machine, &mut walker, at) {
+            Ok((size, same)) if same == is_ram => end = at.checked_add(size),
+            Ok(_) | Err(Error::TooManyMappings(_)) => break,
+            Err(e) => return Err(e),
+        }
+    }
+    let addresses = start..end.unwrap_or(u64::MAX);
+    Ok(Region { addresses, is_ram })
+}
+
+/// How many bytes from an address on are surely like it, and whether that is mapped to RAM.
+fn alike(machine: &impl Debuggee, walker: &mut Walker, address: u64) -> Result<(u64, bool)> {
+    let ram = machine.ram();
+    match walker.extent(&mut Tables(machine), address) {
+        Ok(Extent::Unmapped { size }) => Ok((size, false)),
+        Ok(Extent::Mapped { physical, size }) => Ok(match physical {
+            below if below < ram.start => (size.min(ram.start - below), false),
+            within if within < ram.end => (size.min(ram.end - within), true),
+            _ => (size, false),
+        }),
+        Err(Error::Translation { fault, .. }) => Ok(match fault {
+            Fault::NotCanonical { bits } => {
+                let gap = (u64::MAX << bits).saturating_sub(address);
+                (gap.max(PAGE), false)
+            }
+            _ => (PAGE, false),
+        }),
+        Err(e) => Err(e),
+    }
 }
 
 /// Where one address is.
