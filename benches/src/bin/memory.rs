@@ -52,7 +52,7 @@ mod bench {
         let mut tags = vec![TagPage::ZERO; BATCH];
         let mut mixed = 0;
         all(memory, |first, count| {
-            memory.read(first, &mut [], &mut tags[..count])?;
+            memory.read_tags(first, &mut tags[..count])?;
             mixed += u64::from(tags[0].uniform().is_none());
             Ok(())
         })?;

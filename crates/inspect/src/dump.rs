@@ -3,9 +3,8 @@
 use std::io::Write;
 use std::ops::Range;
 
-use mte::{GRANULE_SIZE, Tag};
+use mte::{GRANULE_SIZE, Tag, TagPage};
 use serde::Serialize;
-use stream::Run;
 
 use crate::error::{Error, Result, output};
 use crate::view::{Gap, PAGE, Part, View};
@@ -41,9 +40,11 @@ pub fn dump(view: &mut View<'_>, format: Format, to: &mut dyn Write) -> Result<(
         Format::Json => Box::new(Json::new(to)),
     };
     view.visit_in_order(&mut |part| match part {
-        Part::Pages(address, run) => granules(address, run, &range, &mut |address, tags| {
-            dumper.tags(address, tags)
-        }),
+        Part::Pages { address, tags, .. } => {
+            granules(address, tags, &range, &mut |address, tags| {
+                dumper.tags(address, tags)
+            })
+        }
         Part::Gap(gap, kind) => {
             let gap = gap.start.max(range.start)..gap.end.min(range.end);
             dumper.gap(gap, kind)
@@ -55,11 +56,11 @@ pub fn dump(view: &mut View<'_>, format: Format, to: &mut dyn Write) -> Result<(
 /// Gives the tags of each page, one a byte, those within the range, with the address of the first.
 pub(crate) fn granules(
     address: u64,
-    run: Run<'_>,
+    tags: &[TagPage],
     range: &Range<u64>,
     each: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
 ) -> Result<()> {
-    for (tags, page) in run.tags.iter().zip(0..) {
+    for (tags, page) in tags.iter().zip(0..) {
         let page = address + page * PAGE;
         let behind = page.saturating_add(PAGE);
         let first = range.start.clamp(page, behind);

@@ -56,18 +56,20 @@ pub fn find(
         }
     };
     view.visit_in_order(&mut |part| match part {
-        Part::Pages(address, run) => granules(address, run, &range, &mut |address, tags| {
-            let mut at = address;
-            for same in tags.chunk_by(|one, next| one == next) {
-                let end = at + (same.len() * GRANULE_SIZE) as u64;
-                let tag = Tag::from_low_bits(same[0]);
-                if wanted.is(tag) {
-                    add(at..end, Ok(tag))?;
+        Part::Pages { address, tags, .. } => {
+            granules(address, tags, &range, &mut |address, tags| {
+                let mut at = address;
+                for same in tags.chunk_by(|one, next| one == next) {
+                    let end = at + (same.len() * GRANULE_SIZE) as u64;
+                    let tag = Tag::from_low_bits(same[0]);
+                    if wanted.is(tag) {
+                        add(at..end, Ok(tag))?;
+                    }
+                    at = end;
                 }
-                at = end;
-            }
-            Ok(())
-        }),
+                Ok(())
+            })
+        }
         Part::Gap(gap, kind) if wanted.is_gap() => add(
             gap.start.max(range.start)..gap.end.min(range.end),
             Err(kind),

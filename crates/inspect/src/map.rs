@@ -148,8 +148,8 @@ impl Grid {
 
     fn add(&mut self, part: Part<'_>) {
         match part {
-            Part::Pages(address, run) => {
-                for (tags, page) in run.tags.iter().zip(0..) {
+            Part::Pages { address, tags, .. } => {
+                for (tags, page) in tags.iter().zip(0..) {
                     self.add_page(address + page * PAGE, tags);
                 }
             }

@@ -117,10 +117,14 @@ impl Place {
             None => Space::Physical,
         };
         View::new(memory, space, first..end)?.visit_in_order(&mut |part| {
-            if let Part::Pages(at, run) = part {
-                for (page, number) in run.data.iter().zip(0..) {
-                    let tags = run.tags.get(number);
-                    place.see(at + number as u64 * PAGE, page, tags);
+            if let Part::Pages {
+                address,
+                data,
+                tags,
+            } = part
+            {
+                for (page, number) in data.iter().zip(0..) {
+                    place.see(address + number as u64 * PAGE, page, tags.get(number));
                 }
             }
             Ok(())

@@ -243,8 +243,8 @@ impl Regions {
 
     fn add(&mut self, part: Part<'_>) {
         match part {
-            Part::Pages(address, run) => {
-                for (tags, page) in run.tags.iter().zip(0..) {
+            Part::Pages { address, tags, .. } => {
+                for (tags, page) in tags.iter().zip(0..) {
                     self.at(address + page * PAGE).counts.add_page(tags);
                 }
             }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use mte::{GRANULE_SIZE, TagPage};
-use stream::{Page, Run, ZERO_PAGE};
+use stream::{Page, ZERO_PAGE};
 
 use crate::error::{Error, Result};
 use crate::memory::TaggedMemory;
@@ -35,8 +35,15 @@ pub enum Gap {
 
 /// A part of a range.
 pub enum Part<'a> {
-    /// Pages, and the address of the first.
-    Pages(u64, Run<'a>),
+    /// Pages.
+    Pages {
+        /// Of the first.
+        address: u64,
+        /// Their data; none if only tags were asked for.
+        data: &'a [Page],
+        /// Their tags; none if the machine has none.
+        tags: &'a [TagPage],
+    },
     /// Addresses without pages.
     Gap(Range<u64>, Gap),
 }
@@ -115,7 +122,7 @@ impl<'a> View<'a> {
         Ok(())
     }
 
-    /// Gives all parts to `each`, pages first, in the order that costs least, with tags and mostly without data. Pages that the
+    /// Gives all parts to `each`, pages first, in the order that costs least; their data are not asked for. Pages that the
     /// range cuts are whole.
     pub(crate) fn visit_tags(&mut self, each: EachPart<'_>) -> Result<()> {
         if let Space::Virtual(_) = self.space {
@@ -123,8 +130,11 @@ impl<'a> View<'a> {
         }
         let pages = self.range.start / PAGE..self.range.end.div_ceil(PAGE);
         self.memory.visit_tags(pages.clone(), &mut |first, tags| {
-            let data = &[];
-            each(Part::Pages(first * PAGE, Run { first, data, tags }))
+            each(Part::Pages {
+                address: first * PAGE,
+                data: &[],
+                tags,
+            })
         })?;
         let mut at = pages.start;
         while at < pages.end {
@@ -184,12 +194,11 @@ impl<'a> View<'a> {
             while first < run.end {
                 let count = (run.end - first).min(BATCH as u64) as usize;
                 self.read(first, count)?;
-                let run = Run {
-                    first,
+                each(Part::Pages {
+                    address: seen_at(first),
                     data: &self.data[..count],
                     tags: self.tags.get(..count).unwrap_or_default(),
-                };
-                each(Part::Pages(seen_at(first), run))?;
+                })?;
                 first += count as u64;
             }
             at = run.end;

@@ -748,13 +748,10 @@ impl Event {
     }
 
     fn ending(self) -> Result<Ending, Error> {
-        if let Some(ending) = self.known_ending() {
-            return Ok(ending);
-        }
         match self {
             Self::Vcpu(VcpuEvent::Failed(e)) => Err(e.into()),
             Self::Vcpu(VcpuEvent::Panicked) => Err(Error::VcpuPanicked),
-            _ => Err(Error::NotDebugged),
+            other => other.known_ending().ok_or(Error::NotDebugged),
         }
     }
 }

@@ -296,9 +296,7 @@ fn answer<D: Debuggee>(target: &mut Stub<'_, D>, body: &mut [u8]) -> Option<Vec<
 /// The answer to `qMemoryRegionInfo:ADDRESS` (lldb's "GDB Remote Protocol Extensions"). A guest's permissions are of its levels;
 /// the debugger has all.
 fn region<D: Debuggee>(target: &mut Stub<'_, D>, address: &[u8]) -> Result<String, Errno> {
-    let address = std::str::from_utf8(address).ok();
-    let address = address.and_then(|text| u64::from_str_radix(text, 16).ok());
-    let region = target.region(address.ok_or(Errno::INVALID)?)?;
+    let region = target.region(number(address).ok_or(Errno::INVALID)?)?;
     let Range { start, end } = region.addresses;
     let what = match (region.is_ram, target.machine().has_tags()) {
         (true, true) => "permissions:rwx;flags:mt;",
@@ -311,19 +309,18 @@ fn region<D: Debuggee>(target: &mut Stub<'_, D>, address: &[u8]) -> Result<Strin
 /// Whether a read of memory is one that fits a packet and the address space: gdbstub reads and sends whatever it is asked
 /// for, and adds without looking.
 fn is_sound(range: &[u8]) -> bool {
-    let number = |text: &str| u64::from_str_radix(text, 16).ok();
-    let Some((address, length)) = std::str::from_utf8(range)
-        .ok()
-        .and_then(|text| text.split_once(','))
-    else {
-        return false;
-    };
-    match (number(address), number(length)) {
+    let mut numbers = range.splitn(2, |byte| *byte == b',').map(number);
+    match (numbers.next().flatten(), numbers.next().flatten()) {
         (Some(address), Some(length)) => {
             length <= LONGEST as u64 && address.checked_add(length).is_some()
         }
         _ => false,
     }
+}
+
+/// A hexadecimal number.
+fn number(text: &[u8]) -> Option<u64> {
+    u64::from_str_radix(std::str::from_utf8(text).ok()?, 16).ok()
 }
 
 /// The way to the client, in whatever state the stub is.

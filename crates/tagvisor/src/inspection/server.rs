@@ -88,47 +88,35 @@ impl Server<'_> {
                 }
                 Ok(())
             }
-            wanted::PAGES => self.read(place, count as usize),
-            wanted::TAGS => self.read_tags(place, count as usize),
+            wanted::PAGES => self.read(place, count as usize, true),
+            wanted::TAGS => self.read(place, count as usize, false),
             _ => Err(invalid("this is not understood")),
         }
     }
 
-    fn read(&mut self, first: u64, count: usize) -> io::Result<()> {
+    /// Pages with their tags, if they have any; or tags alone.
+    fn read(&mut self, first: u64, count: usize, with_data: bool) -> io::Result<()> {
         if count > MAX_PAGES {
             return Err(invalid("these are too many pages at once"));
         }
         let pages = &self.lease.pages;
-        self.data.resize(count, ZERO_PAGE);
-        self.tags.resize(self.with_tags(count), TagPage::ZERO);
-        pages.read(first, &mut self.data, &mut self.tags)?;
-        self.answer.extend_from_slice(self.data.as_flattened());
-        self.answer_tags();
-        Ok(())
-    }
-
-    fn read_tags(&mut self, first: u64, count: usize) -> io::Result<()> {
-        if count > MAX_PAGES {
-            return Err(invalid("these are too many pages at once"));
+        let with_tags = if pages.metadata().has_tags() {
+            count
+        } else {
+            0
+        };
+        self.tags.resize(with_tags, TagPage::ZERO);
+        if with_data {
+            self.data.resize(count, ZERO_PAGE);
+            pages.read(first, &mut self.data, &mut self.tags)?;
+            self.answer.extend_from_slice(self.data.as_flattened());
+        } else {
+            pages.read_tags(first, &mut self.tags)?;
         }
-        self.tags.resize(self.with_tags(count), TagPage::ZERO);
-        self.lease.pages.read_tags(first, &mut self.tags)?;
-        self.answer_tags();
-        Ok(())
-    }
-
-    /// How many of so many pages have tags.
-    fn with_tags(&self, count: usize) -> usize {
-        match self.lease.pages.metadata().has_tags() {
-            true => count,
-            false => 0,
-        }
-    }
-
-    fn answer_tags(&mut self) {
         for tags in &self.tags {
             self.answer.extend_from_slice(tags.as_packed());
         }
+        Ok(())
     }
 
     /// Sends the answer, and a file with its first byte.
