@@ -6,7 +6,7 @@ use engine::VcpuState;
 use mte::TagPage;
 use stream::{Page, Run};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What takes pages that were read.
 pub type Visitor<'a> = &'a mut dyn FnMut(Run<'_>) -> Result<()>;
@@ -49,8 +49,11 @@ pub trait TaggedMemory {
     /// The same for tags alone. Memory that can be read so without its data is.
     ///
     /// # Errors
-    /// As for [`Self::visit`].
+    /// [`Error::NoTags`] if there are none; as for [`Self::visit`].
     fn visit_tags(&mut self, pages: Range<u64>, each: TagVisitor<'_>) -> Result<()> {
+        if !self.has_tags() {
+            return Err(Error::NoTags);
+        }
         self.visit(pages, &mut |run| each(run.first, run.tags))
     }
 }

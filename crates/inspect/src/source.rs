@@ -144,6 +144,9 @@ impl<S: PageSource> TaggedMemory for SourceMemory<S> {
     }
 
     fn visit_tags(&mut self, pages: Range<u64>, each: TagVisitor<'_>) -> Result<()> {
+        if !self.has_tags() {
+            return Err(Error::NoTags);
+        }
         let mut tags = std::mem::take(&mut self.tags);
         tags.resize(BATCH as usize, TagPage::ZERO);
         self.each_batch(pages, &mut |first, count| {
@@ -178,11 +181,15 @@ mod tests {
     #[derive(Default)]
     struct Source {
         read: RefCell<Vec<Range<u64>>>,
+        has_no_tags: bool,
     }
 
     impl PageSource for &Source {
         fn metadata(&self) -> Metadata {
-            Metadata::ArmMte
+            match self.has_no_tags {
+                false => Metadata::ArmMte,
+                true => Metadata::None,
+            }
         }
 
         fn next_run(&self, from: u64) -> io::Result<Option<Range<u64>>> {
@@ -253,6 +260,16 @@ mod tests {
         assert!(visited.is_ok());
         assert_eq!(seen, [5..8, 9..10]);
         assert_eq!(*source.read.borrow(), []);
+    }
+
+    #[test]
+    fn a_machine_without_tags_shows_none() {
+        let source = Source {
+            has_no_tags: true,
+            ..Source::default()
+        };
+        let visited = memory(&source).visit_tags(0..100, &mut |_, _| Ok(()));
+        assert!(matches!(visited, Err(Error::NoTags)));
     }
 
     #[test]
