@@ -4,6 +4,7 @@
 
 mod batch;
 mod bits;
+mod byte_spans;
 mod code;
 mod error;
 mod page;

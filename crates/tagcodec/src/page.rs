@@ -7,7 +7,7 @@ use crate::bits::{BITS_AT_ONCE, BitWriter, WRITE_MARGIN};
 use crate::code::{Code, Counts, FIXED, FIXED_CODES, SPAN_BITS, Writing};
 use crate::error::Error;
 use crate::span::{PACKED, Spans, uniform};
-use crate::unpacked::{SpanReader, pack, room};
+use crate::unpacked::{SpanReader, pack, room, unpacked_pages};
 
 /// The head of packed tags as they are.
 pub(crate) const RAW: u8 = 0x10;
@@ -114,7 +114,7 @@ pub fn decode_page(bytes: &[u8], page: &mut TagPage) -> Result<usize, Error> {
             let reading = &FIXED[usize::from(head - SPANS)].reading;
             let used = SpanReader::new(&mut tags, rest, 1).read(reading)?;
             rest = &rest[used..];
-            pack(&tags, 0, page);
+            pack(&unpacked_pages(&tags, 1)[0], page);
         }
         PERIODIC..=LAST_PERIODIC => {
             let period = 1 << (head - PERIODIC);

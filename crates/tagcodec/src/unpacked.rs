@@ -19,11 +19,15 @@ pub(crate) const fn room(pages: usize) -> usize {
     pages * GRANULES + MARGIN
 }
 
-/// Page `nth` of tags that were read.
-pub(crate) fn pack(tags: &[u8], nth: usize, page: &mut TagPage) {
-    let (pages, _) = tags.as_chunks::<GRANULES>();
+/// The tags of the first pages of those that were read.
+pub(crate) fn unpacked_pages(tags: &[u8], pages: usize) -> &[[u8; GRANULES]] {
+    &tags.as_chunks().0[..pages]
+}
+
+/// Packs the tags of a page that were read.
+pub(crate) fn pack(tags: &[u8; GRANULES], page: &mut TagPage) {
     let packed = page.as_packed_mut();
-    for (byte, pair) in packed.iter_mut().zip(pages[nth].as_chunks::<2>().0) {
+    for (byte, pair) in packed.iter_mut().zip(tags.as_chunks::<2>().0) {
         let pair = u16::from_le_bytes(*pair);
         *byte = (pair | pair >> 4) as u8;
     }

@@ -51,8 +51,14 @@ fn any_pages(most: usize) -> impl Strategy<Value = Vec<TagPage>> {
 }
 
 fn coded(pages: &[TagPage]) -> Vec<u8> {
+    coded_with(Effort::Full, pages)
+}
+
+fn coded_with(effort: Effort, pages: &[TagPage]) -> Vec<u8> {
     let mut out = vec![0; max_batch_len(pages.len())];
-    let len = encode_batch(pages, &mut out).expect("there is room");
+    let len = Encoder::new()
+        .batch_with(effort, pages, &mut out)
+        .expect("there is room");
     out.truncate(len);
     out
 }
@@ -80,14 +86,111 @@ fn the_least_effort_still_makes_little_of_pages_with_one_tag() {
     assert!(len < 160, "{len}");
 }
 
+/// A page of spans of so many granules, the last of which is a gap.
+fn chunks_with_headers(length: u8) -> TagPage {
+    let mut page = TagPage::filled(Tag::from_low_bits(length | 1));
+    for chunk in 0..=u8::MAX / length {
+        (chunk * length..(chunk * length).saturating_add(length))
+            .for_each(|granule| page.set(granule, Tag::from_low_bits(1 + chunk % 15)));
+        page.set((chunk * length).saturating_add(length - 1), Tag::ZERO);
+    }
+    page
+}
+
+/// Effort::Quick for one batch after the other; returns the bytes of each.
+fn quickly(batches: &[&[TagPage]]) -> Vec<Vec<u8>> {
+    let mut encoder = Encoder::new();
+    let each = batches.iter().map(|pages| {
+        let mut out = vec![0; max_batch_len(pages.len())];
+        let len = encoder
+            .batch_with(Effort::Quick, pages, &mut out)
+            .expect("there is room");
+        out.truncate(len);
+        out
+    });
+    each.collect()
+}
+
+#[test]
+fn a_quick_encoder_learns_which_spans_are_common() {
+    let unusual: Vec<_> = (0..64).map(|_| chunks_with_headers(14)).collect();
+    let unusual: Vec<_> = unusual
+        .iter()
+        .zip(0..)
+        .map(|(page, nth)| {
+            let mut page = page.clone();
+            page.set(0, Tag::from_low_bits(nth & 7));
+            page
+        })
+        .collect();
+
+    let coded = quickly(&[&unusual]);
+
+    // 19 spans a page, of a byte each.
+    assert!(coded[0].len() < 64 * 22, "{}", coded[0].len());
+}
+
+#[test]
+fn what_a_quick_encoder_has_learned_is_in_its_bytes() {
+    let unusual = sample();
+    let usual: Vec<_> = (3..9).map(chunks_with_headers).collect();
+
+    let coded = quickly(&[&usual, &unusual, &usual]);
+
+    let mut back = vec![TagPage::ZERO; usual.len()];
+    for bytes in [&coded[0], &coded[2]] {
+        assert_eq!(decode_batch(bytes, &mut back), Ok(bytes.len()));
+        assert_eq!(back, usual);
+    }
+}
+
+#[test]
+fn a_quick_encoder_leaves_pages_with_many_spans_as_they_are() {
+    let mut pages: Vec<_> = (0..64).map(|_| chunks_with_headers(4)).collect();
+    let noise = TagPage::from_packed(std::array::from_fn(|i| (i * i * 37 / 11) as u8));
+    let places = [0, 1, 7, 8, 30, 63];
+    places
+        .into_iter()
+        .for_each(|place| pages[place] = noise.clone());
+    pages[1].set(0, Tag::MAX);
+
+    let bytes = coded_with(Effort::Quick, &pages);
+
+    let mut back = vec![TagPage::ZERO; 64];
+    assert_eq!(decode_batch(&bytes, &mut back), Ok(bytes.len()));
+    assert_eq!(back, pages);
+    assert!(bytes.len() < 6 * MAX_PAGE_LEN + 58 * 70, "{}", bytes.len());
+}
+
 proptest! {
     #[test]
-    fn any_pages_that_were_coded_with_the_least_effort_come_back(pages in any_pages(70)) {
-        let mut out = vec![0; max_batch_len(pages.len())];
-        let len = Encoder::new().batch_with(Effort::Least, &pages, &mut out).expect("there is room");
-        let mut back = vec![TagPage::ZERO; pages.len()];
-        prop_assert_eq!(decode_batch(&out[..len], &mut back), Ok(len));
+    fn any_pages_that_were_coded_with_less_effort_come_back(
+        pages in any_pages(40), effort in prop_oneof![3 => Just(Effort::Quick), 1 => Just(Effort::Least)],
+    ) {
+        let bytes = coded_with(effort, &pages);
+        let mut back = vec![TagPage::filled(Tag::MAX); pages.len()];
+        prop_assert_eq!(decode_batch(&bytes, &mut back), Ok(bytes.len()));
         prop_assert_eq!(back, pages);
+    }
+
+    #[test]
+    fn batches_that_a_quick_encoder_coded_in_a_row_come_back(batches in vec(any_pages(6), 1..5)) {
+        let given: Vec<_> = batches.iter().map(Vec::as_slice).collect();
+        for (bytes, pages) in quickly(&given).iter().zip(&batches) {
+            let mut back = vec![TagPage::ZERO; pages.len()];
+            prop_assert_eq!(decode_batch(bytes, &mut back), Ok(bytes.len()));
+            prop_assert_eq!(&back, pages);
+        }
+    }
+
+    #[test]
+    fn any_bytes_are_byte_spans_or_an_error(bytes in vec(any::<u8>(), 0..300), spans in 0u16..200, pages in 1usize..5) {
+        let head = [[0x26].as_slice(), &FIRST_MEANINGS, &spans.to_le_bytes()].concat();
+        let bytes = [head, bytes].concat();
+        let mut back = vec![TagPage::ZERO; pages];
+        if let Ok(used) = decode_batch(&bytes, &mut back) {
+            prop_assert!(used <= bytes.len());
+        }
     }
 
     #[test]
@@ -127,8 +230,11 @@ proptest! {
     }
 
     #[test]
-    fn damaged_bytes_are_pages_or_an_error(pages in any_pages(40), at: prop::sample::Index, flip: u8) {
-        let mut bytes = coded(&pages);
+    fn damaged_bytes_are_pages_or_an_error(
+        pages in any_pages(40), quick: bool, at: prop::sample::Index, flip: u8,
+    ) {
+        let effort = if quick { Effort::Quick } else { Effort::Full };
+        let mut bytes = coded_with(effort, &pages);
         bytes.push(0);
         let at = at.index(bytes.len());
         bytes[at] ^= flip;
@@ -142,15 +248,17 @@ proptest! {
 #[test]
 fn a_truncated_batch_is_refused_wherever_it_is_cut() {
     let pages = sample();
-    let bytes = coded(&pages);
     let mut back = pages.clone();
 
-    for len in 0..bytes.len() {
-        assert!(
-            decode_batch(&bytes[..len], &mut back).is_err(),
-            "{len} of {}",
-            bytes.len()
-        );
+    for effort in [Effort::Full, Effort::Quick, Effort::Least] {
+        let bytes = coded_with(effort, &pages);
+        for len in 0..bytes.len() {
+            assert!(
+                decode_batch(&bytes[..len], &mut back).is_err(),
+                "{len} of {}, {effort:?}",
+                bytes.len()
+            );
+        }
     }
 }
 
@@ -201,7 +309,7 @@ fn reserved_heads_are_refused() {
         );
     }
     for head in (0x11..0x20)
-        .chain([0x26, 0x27, 0x2e, 0x2f, 0x36, 0x37, 0x3e, 0x3f])
+        .chain([0x27, 0x2f, 0x37, 0x3f])
         .chain(0x40..=0xff)
     {
         let bytes = [[head].as_slice(), &[0; 300]].concat();
@@ -276,4 +384,59 @@ fn a_first_stream_that_ends_before_its_length_is_refused() {
     assert_eq!(decode_batch(&right, &mut pages), Ok(right.len()));
     assert_eq!(pages[0], pages[1]);
     assert_eq!(decode_batch(&wrong, &mut pages), Err(Error::Length));
+}
+
+/// Symbols 0 to 4 are spans of 1, 2, 3, 4 and 8 granules, 5 to 13 those of 2 to 10 with a gap.
+const FIRST_MEANINGS: [u8; 4] = [0x8f, 0x00, 0xfe, 0x03];
+
+/// A page in byte spans, with these bytes for spans and for long lengths.
+fn byte_spans(spans: &[u8], long_lengths: &[u8]) -> Result<usize, Error> {
+    let count = (spans.len() as u16).to_le_bytes();
+    let bytes = [
+        [0x26].as_slice(),
+        &FIRST_MEANINGS,
+        &count,
+        spans,
+        long_lengths,
+    ]
+    .concat();
+    decode_batch(&bytes, &mut [TagPage::ZERO])
+}
+
+#[test]
+fn byte_spans_cover_their_pages_exactly() {
+    // 32 spans of 8 granules; one fewer; one more; one of 2 more.
+    assert_eq!(byte_spans(&[0x54; 32], &[]), Ok(39));
+    assert_eq!(byte_spans(&[0x54; 31], &[]), Err(Error::Length));
+    assert_eq!(byte_spans(&[0x54; 33], &[]), Err(Error::Overrun));
+    assert_eq!(
+        byte_spans(&[[0x54; 32].as_slice(), &[0x51]].concat(), &[]),
+        Err(Error::Overrun)
+    );
+}
+
+#[test]
+fn a_long_byte_span_covers_its_page_exactly() {
+    assert_eq!(byte_spans(&[0x5e], &[255, 0]), Ok(10));
+    assert_eq!(byte_spans(&[0x5f], &[255, 0]), Ok(10));
+    assert_eq!(byte_spans(&[0x5e], &[254]), Err(Error::Length));
+    assert_eq!(byte_spans(&[0x5e], &[255, 1]), Err(Error::Overrun));
+    assert_eq!(byte_spans(&[0x5e], &[255]), Err(Error::Truncated));
+    assert_eq!(byte_spans(&[0x5e], &[]), Err(Error::Truncated));
+    assert_eq!(
+        byte_spans(&[0x5e], &[[255; 70].as_slice(), &[0]].concat()),
+        Err(Error::Overrun)
+    );
+}
+
+#[test]
+fn more_or_fewer_than_14_meanings_are_refused() {
+    for meanings in [0x03fe_009fu32, 0x03fe_000f, 0, u32::MAX] {
+        let bytes = [[0x26].as_slice(), &meanings.to_le_bytes(), &[0; 100]].concat();
+        assert_eq!(
+            decode_batch(&bytes, &mut [TagPage::ZERO]),
+            Err(Error::Code),
+            "{meanings:#x}"
+        );
+    }
 }

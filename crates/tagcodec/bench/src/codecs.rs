@@ -1,7 +1,7 @@
 //! The codecs compared: tagcodec's two forms, general ones, and the 6-run form.
 
 use mte::TagPage;
-use tagcodec::{Decoder, Encoder, MAX_PAGE_LEN, decode_page, encode_page, max_batch_len};
+use tagcodec::{Decoder, Effort, Encoder, MAX_PAGE_LEN, decode_page, encode_page, max_batch_len};
 
 /// A codec of pages, given as they are and as packed bytes in a row.
 pub trait Codec {
@@ -14,20 +14,37 @@ pub trait Codec {
 }
 
 /// tagcodec's batch form.
-pub struct Batch(pub Box<(Encoder, Decoder)>);
+pub struct Batch {
+    effort: Effort,
+    codec: Box<(Encoder, Decoder)>,
+}
+
+impl Batch {
+    /// With this effort.
+    pub fn new(effort: Effort) -> Self {
+        Self {
+            effort,
+            codec: Box::default(),
+        }
+    }
+}
 
 impl Codec for Batch {
     fn name(&self) -> String {
-        "tagcodec, batch form".into()
+        format!("tagcodec, batch, {:?}", self.effort)
     }
 
     fn encode(&mut self, pages: &[TagPage], _: &[u8], out: &mut [u8]) -> usize {
         let out = &mut out[..max_batch_len(pages.len())];
-        self.0.0.batch(pages, out).expect("there is room")
+        let (encoder, _) = &mut *self.codec;
+        encoder
+            .batch_with(self.effort, pages, out)
+            .expect("there is room")
     }
 
     fn decode(&mut self, coded: &[u8], pages: &mut [TagPage], _: &mut [u8]) -> bool {
-        self.0.1.batch(coded, pages).expect("it was encoded");
+        let (_, decoder) = &mut *self.codec;
+        decoder.batch(coded, pages).expect("it was encoded");
         true
     }
 }

@@ -1,6 +1,6 @@
 //! Ratio and speed of tagcodec beside other codecs, on the corpora and on made-up pages: 64 pages at
-//! a time, all in one run on one core, medians of some rounds in which the codecs take turns. Speeds
-//! are of packed tags.
+//! a time, all in one run on one core, the best of some rounds in which the codecs take turns: what
+//! else runs on the machine only adds. Speeds are of packed tags.
 
 mod codecs;
 #[path = "../../tests/pages/mod.rs"]
@@ -10,9 +10,9 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use codecs::{Alone, Batch, Codec, Lz4, SixRuns, Zstd};
-use mte::TagPage;
+use mte::{Tag, TagPage};
 use pages::{Kind, corpus, made_up};
-use tagcodec::{Decoder, Encoder};
+use tagcodec::Effort;
 
 /// Pages coded at a time.
 const AT_ONCE: usize = 64;
@@ -53,29 +53,31 @@ fn main() -> ExitCode {
     );
     for (name, entropy_bound, page_goal) in [("perl", 4.59, 2.6), ("python3", 3.09, 1.6)] {
         let results = measure(&corpus(name), rounds);
-        let [batch, page, zstd_1, _, zstd_19, ..] = &results[..] else {
-            unreachable!("seven codecs")
+        let [full, quick, page, zstd_1, _, zstd_19, ..] = &results[..] else {
+            unreachable!("eight codecs")
         };
-        goals.at_least(
-            "batch form: ratio, against zstd -19 here",
-            batch.ratio,
-            zstd_19.ratio,
-        );
-        goals.at_least(
-            "batch form: ratio, 85 % of the order-2 entropy bound",
-            batch.ratio,
-            0.85 * entropy_bound,
-        );
-        goals.at_least(
-            "batch form: times zstd -1's encoding speed",
-            batch.encode / zstd_1.encode,
-            5.0,
-        );
-        goals.at_least(
-            "batch form: times zstd -1's decoding speed",
-            batch.decode / zstd_1.decode,
-            2.0,
-        );
+        for (name, batch) in [("Full", full), ("Quick", quick)] {
+            goals.at_least(
+                &format!("batch form, {name}: ratio, against zstd -19 here"),
+                batch.ratio,
+                zstd_19.ratio,
+            );
+            goals.at_least(
+                &format!("batch form, {name}: ratio, 85 % of the order-2 bound"),
+                batch.ratio,
+                0.85 * entropy_bound,
+            );
+            goals.at_least(
+                &format!("batch form, {name}: times zstd -1's encoding speed"),
+                batch.encode / zstd_1.encode,
+                5.0,
+            );
+            goals.at_least(
+                &format!("batch form, {name}: times zstd -1's decoding speed"),
+                batch.decode / zstd_1.decode,
+                2.0,
+            );
+        }
         goals.at_least("page form: ratio", page.ratio, page_goal);
         goals.at_least("page form: encoding, MB/s", page.encode / 1e6, 250.0);
         goals.at_least("page form: decoding, MB/s", page.decode / 1e6, 250.0);
@@ -83,22 +85,27 @@ fn main() -> ExitCode {
     }
     for kind in made_up() {
         let results = measure(&kind, rounds);
-        let [batch, page, ..] = &results[..] else {
-            unreachable!("seven codecs")
+        let [full, quick, page, ..] = &results[..] else {
+            unreachable!("eight codecs")
         };
+        let one_tag = ["untagged", "uniform"].contains(&kind.name);
         let raw = PACKED as f64 / (PACKED + 1) as f64;
-        goals.at_least(
-            "batch form: ratio, a byte a page above raw",
-            batch.ratio,
-            raw,
-        );
-        goals.at_least("page form: ratio, a byte a page above raw", page.ratio, raw);
-        if ["untagged", "uniform"].contains(&kind.name) {
+        for (name, batch) in [("Full", full), ("Quick", quick)] {
             goals.at_least(
-                "batch form: ratio, less than a byte a page",
+                &format!("batch form, {name}: ratio, a byte a page above raw"),
                 batch.ratio,
-                PACKED as f64,
+                raw,
             );
+            if one_tag {
+                goals.at_least(
+                    &format!("batch form, {name}: ratio, less than a byte a page"),
+                    batch.ratio,
+                    PACKED as f64,
+                );
+            }
+        }
+        goals.at_least("page form: ratio, a byte a page above raw", page.ratio, raw);
+        if one_tag {
             goals.at_least(
                 "page form: ratio, one byte a page",
                 page.ratio,
@@ -115,8 +122,9 @@ fn main() -> ExitCode {
 
 /// Measures all codecs on `kind` and prints what they did.
 fn measure(kind: &Kind, rounds: usize) -> Vec<Result> {
-    let mut codecs: [Box<dyn Codec>; 7] = [
-        Box::new(Batch(Box::new((Encoder::new(), Decoder::new())))),
+    let mut codecs: [Box<dyn Codec>; 8] = [
+        Box::new(Batch::new(Effort::Full)),
+        Box::new(Batch::new(Effort::Quick)),
         Box::new(Alone),
         Box::new(Zstd::new(1)),
         Box::new(Zstd::new(3)),
@@ -151,9 +159,8 @@ fn measure(kind: &Kind, rounds: usize) -> Vec<Result> {
     let mut results = Vec::new();
     for (nth, codec) in codecs.iter().enumerate() {
         let speed = |side: fn(&(Duration, Duration)) -> Duration| {
-            let mut times: Vec<Duration> = times[nth].iter().map(side).collect();
-            times.sort_unstable();
-            packed.len() as f64 / times[times.len() / 2].as_secs_f64()
+            let best = times[nth].iter().map(side).min();
+            packed.len() as f64 / best.expect("a round").as_secs_f64()
         };
         let result = Result {
             name: codec.name(),
@@ -175,7 +182,8 @@ fn measure(kind: &Kind, rounds: usize) -> Vec<Result> {
 
 /// Codes all pages, decodes them, compares; returns the bytes and the times of the first two.
 fn run(codec: &mut dyn Codec, kind: &Kind, packed: &[u8]) -> (usize, (Duration, Duration)) {
-    let mut out = vec![0; 2 * packed.len() + 4096];
+    // Not zeros: these would be memory that the kernel gives at the first touch, in the time measured.
+    let mut out = vec![1; 2 * packed.len() + 4096];
     let mut ends = vec![0];
     let started = Instant::now();
     for (pages, packed) in kind
@@ -187,8 +195,8 @@ fn run(codec: &mut dyn Codec, kind: &Kind, packed: &[u8]) -> (usize, (Duration, 
         ends.push(start + codec.encode(pages, packed, &mut out[start..]));
     }
     let encode = started.elapsed();
-    let mut pages = vec![TagPage::ZERO; kind.pages.len()];
-    let mut bytes = vec![0; packed.len()];
+    let mut pages = vec![TagPage::filled(Tag::MAX); kind.pages.len()];
+    let mut bytes = vec![1; packed.len()];
     let mut in_pages = true;
     let started = Instant::now();
     let to = pages

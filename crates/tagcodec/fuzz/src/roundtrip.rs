@@ -15,8 +15,14 @@ const MOST_PAGES: usize = 140;
 fuzz_target!(|input: &[u8]| {
     let pages = pages(input);
     pages.iter().for_each(alone);
-    together(Effort::Full, &pages);
-    together(Effort::Least, &pages);
+    let mut encoder = Encoder::new();
+    for effort in [Effort::Full, Effort::Quick, Effort::Least] {
+        together(&mut encoder, effort, &pages);
+    }
+    // What an encoder learned of other pages does no harm.
+    let half = pages.len() / 2;
+    together(&mut encoder, Effort::Quick, &pages[half..]);
+    together(&mut encoder, Effort::Quick, &pages[..half]);
 });
 
 /// Two bytes are an instruction: a tag, what to do with it, and how often.
@@ -55,9 +61,9 @@ fn alone(page: &TagPage) {
     assert!(page.uniform().is_none() || len == 1);
 }
 
-fn together(effort: Effort, pages: &[TagPage]) {
+fn together(encoder: &mut Encoder, effort: Effort, pages: &[TagPage]) {
     let mut coded = vec![0; max_batch_len(pages.len())];
-    let len = Encoder::new()
+    let len = encoder
         .batch_with(effort, pages, &mut coded)
         .expect("there is room");
     let mut back = vec![TagPage::filled(Tag::MAX); pages.len()];
