@@ -24,6 +24,7 @@ pub mod gdb;
 mod kernel_log;
 mod map;
 mod memory;
+mod pairs;
 mod palette;
 mod picture;
 mod place;

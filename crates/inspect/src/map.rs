@@ -5,6 +5,7 @@ use std::ops::Range;
 use mte::{GRANULE_SIZE, Tag, TagPage};
 
 use crate::error::Result;
+use crate::pairs::Pairs;
 use crate::view::{Gap, PAGE, Part, View};
 
 const GRANULE: u64 = GRANULE_SIZE as u64;
@@ -45,23 +46,6 @@ impl Tally {
     }
 }
 
-/// How many granules of a page have each tag. Bytes are counted first, each of which has two of them: that is half the work.
-fn frequencies(tags: &TagPage) -> [u32; Tag::COUNT] {
-    // A page has 128 of them, so that no count and no sum is more than a byte holds.
-    let mut bytes = [[0u8; Tag::COUNT]; Tag::COUNT];
-    for byte in tags.as_packed() {
-        bytes[usize::from(byte >> 4)][usize::from(byte & 0xf)] += 1;
-    }
-    let mut low = [0u8; Tag::COUNT];
-    for row in &bytes {
-        for (sum, count) in low.iter_mut().zip(row) {
-            *sum += count;
-        }
-    }
-    let high = bytes.map(|row| row.iter().sum::<u8>());
-    std::array::from_fn(|tag| u32::from(low[tag]) + u32::from(high[tag]))
-}
-
 /// Memory, row by row, from the upper left on.
 pub struct Grid {
     /// The first byte of the first cell: the range's, or somewhat before.
@@ -83,10 +67,12 @@ impl Grid {
         let range = view.range();
         let width = width.max(1).next_power_of_two();
         let mut grid = Self::laid_out(&range, width, max_height.max(2));
+        let mut filling = Filling::of(&mut grid);
         view.visit_tags(&mut |part| {
-            grid.add(part);
+            filling.add(part);
             Ok(())
         })?;
+        filling.end_cell();
         Ok(grid)
     }
 
@@ -141,9 +127,29 @@ impl Grid {
         tally.map_or(Cell::NoMemory, Tally::cell)
     }
 
-    fn at(&mut self, address: u64) -> Option<&mut Tally> {
-        let number = address.checked_sub(self.start)? / self.cell_bytes;
-        self.tallies.get_mut(number as usize)
+    /// Which cell an address is in, counted by rows, if it is in one.
+    fn number(&self, address: u64) -> Option<usize> {
+        let number = (address.checked_sub(self.start)? / self.cell_bytes) as usize;
+        (number < self.tallies.len()).then_some(number)
+    }
+}
+
+/// A grid that is being filled. Pages come mostly in the order of their addresses, so that those of one cell are counted together.
+struct Filling<'a> {
+    grid: &'a mut Grid,
+    /// The cell that pages are counted for.
+    cell: usize,
+    /// What they have, which its tally has not yet.
+    pairs: Pairs,
+}
+
+impl<'a> Filling<'a> {
+    fn of(grid: &'a mut Grid) -> Self {
+        Self {
+            grid,
+            cell: 0,
+            pairs: Pairs::NONE,
+        }
     }
 
     fn add(&mut self, part: Part<'_>) {
@@ -159,59 +165,54 @@ impl Grid {
     }
 
     fn add_page(&mut self, address: u64, tags: &TagPage) {
-        let granules = (self.cell_bytes / GRANULE).min(PAGE / GRANULE);
-        if let Some(tag) = tags.uniform() {
-            for cell in
-                (address..address.saturating_add(PAGE)).step_by((granules * GRANULE) as usize)
-            {
-                if let Some(tally) = self.at(cell) {
-                    tally.add(tag, granules as u32);
-                }
-            }
+        if self.grid.cell_bytes < PAGE {
+            self.add_page_of_cells(address, tags);
             return;
         }
-        if granules == PAGE / GRANULE {
-            if let Some(tally) = self.at(address) {
-                for (tag, count) in Tag::all().zip(frequencies(tags)) {
-                    tally.add(tag, count);
-                }
-            }
+        let Some(cell) = self.grid.number(address) else {
             return;
+        };
+        if cell != self.cell {
+            self.end_cell();
+            self.cell = cell;
         }
-        let tags = tags.unpack();
-        for (cell, tags) in (0..).zip(tags.chunks(granules as usize)) {
-            if let Some(tally) = self.at(address + cell * granules * GRANULE) {
+        match tags.uniform() {
+            Some(tag) => self.pairs.add_uniform_page(tag),
+            None => self.pairs.add_page(tags),
+        }
+    }
+
+    /// A page that is several cells.
+    fn add_page_of_cells(&mut self, address: u64, tags: &TagPage) {
+        let bytes = self.grid.cell_bytes;
+        let granules = (bytes / GRANULE) as usize;
+        for (cell, tags) in (0..).zip(tags.unpack().chunks(granules)) {
+            if let Some(number) = self.grid.number(address + cell * bytes) {
                 for tag in tags {
-                    tally.add(Tag::from_low_bits(*tag), 1);
+                    self.grid.tallies[number].add(Tag::from_low_bits(*tag), 1);
                 }
             }
         }
+    }
+
+    /// Adds what was counted to the cell's tally.
+    fn end_cell(&mut self) {
+        let tally = &mut self.grid.tallies[self.cell];
+        for (tag, granules) in Tag::all().zip(self.pairs.granules()) {
+            tally.add(tag, granules.try_into().unwrap_or(u32::MAX));
+        }
+        self.pairs = Pairs::NONE;
     }
 
     fn add_hole(&mut self, range: Range<u64>) {
-        let mut at = range.start.max(self.start);
+        let mut at = range.start.max(self.grid.start);
         while at < range.end {
-            let Some(tally) = self.at(at) else { return };
-            tally.hole = true;
-            at = (at / self.cell_bytes * self.cell_bytes).saturating_add(self.cell_bytes);
+            let Some(number) = self.grid.number(at) else {
+                return;
+            };
+            self.grid.tallies[number].hole = true;
+            at = (at / self.grid.cell_bytes * self.grid.cell_bytes)
+                .saturating_add(self.grid.cell_bytes);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_granule_of_a_page_counts_once() {
-        let mut of_granules = [3; 256];
-        of_granules[7] = 9;
-        of_granules[8] = 9;
-        of_granules[255] = 15;
-        let mut expected = [0; Tag::COUNT];
-        (expected[3], expected[9], expected[15]) = (253, 2, 1);
-
-        assert_eq!(frequencies(&TagPage::pack(&of_granules)), expected);
-        assert_eq!(frequencies(&TagPage::ZERO)[0], 256);
     }
 }

@@ -6,12 +6,11 @@ use mte::{GRANULE_SIZE, Tag, TagPage};
 use serde::Serialize;
 
 use crate::error::Result;
+use crate::pairs::Pairs;
 use crate::view::{Gap, PAGE, Part, View};
 
 /// The most parts that a range is cut into.
 const MAX_REGIONS: u64 = 16;
-/// Two tags a byte.
-const PAIRS: usize = 256;
 
 /// What was counted.
 #[derive(Clone, Debug)]
@@ -26,8 +25,7 @@ pub struct Counts {
     pub holes: u64,
     /// Pages of virtual addresses that are not mapped.
     pub unmapped: u64,
-    /// How often each pair of tags is in a byte of packed tags.
-    pairs: [u64; PAIRS],
+    pairs: Pairs,
 }
 
 impl Default for Counts {
@@ -38,26 +36,23 @@ impl Default for Counts {
             mixed: 0,
             holes: 0,
             unmapped: 0,
-            pairs: [0; PAIRS],
+            pairs: Pairs::NONE,
         }
     }
 }
 
 impl Counts {
     fn add_page(&mut self, tags: &TagPage) {
-        match tags.uniform() {
-            Some(Tag::ZERO) => self.untagged += 1,
-            Some(_) => self.uniform += 1,
-            None => {
-                self.mixed += 1;
-                for pair in tags.as_packed() {
-                    self.pairs[usize::from(*pair)] += 1;
-                }
-                return;
-            }
+        let Some(tag) = tags.uniform() else {
+            self.mixed += 1;
+            self.pairs.add_page(tags);
+            return;
+        };
+        match tag {
+            Tag::ZERO => self.untagged += 1,
+            _ => self.uniform += 1,
         }
-        let packed = tags.as_packed();
-        self.pairs[usize::from(packed[0])] += packed.len() as u64;
+        self.pairs.add_uniform_page(tag);
     }
 
     fn add(&mut self, other: &Self) {
@@ -66,9 +61,7 @@ impl Counts {
         self.mixed += other.mixed;
         self.holes += other.holes;
         self.unmapped += other.unmapped;
-        for (sum, pairs) in self.pairs.iter_mut().zip(other.pairs) {
-            *sum += pairs;
-        }
+        self.pairs.add(&other.pairs);
     }
 
     /// Populated pages.
@@ -78,12 +71,7 @@ impl Counts {
 
     /// How many granules have each tag.
     pub fn granules(&self) -> [u64; Tag::COUNT] {
-        let mut granules = [0; Tag::COUNT];
-        for (pair, count) in self.pairs.iter().enumerate() {
-            granules[pair & 0xf] += count;
-            granules[pair >> 4] += count;
-        }
-        granules
+        self.pairs.granules()
     }
 
     /// Bytes of memory with a tag other than 0.
@@ -103,11 +91,7 @@ impl Counts {
 
     /// Bits that the tag of a granule says to whoever knows the one before. These two are those in a byte of packed tags.
     pub fn entropy_beside_neighbour(&self) -> f64 {
-        let mut firsts = [0; Tag::COUNT];
-        for (pair, count) in self.pairs.iter().enumerate() {
-            firsts[pair & 0xf] += count;
-        }
-        (entropy(&self.pairs) - entropy(&firsts)).max(0.0)
+        (entropy(self.pairs.counts()) - entropy(&self.pairs.firsts())).max(0.0)
     }
 }
 
