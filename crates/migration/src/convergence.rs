@@ -1,6 +1,6 @@
 //! When to stop the guest: what the rounds so far say of the time that it would stand still.
 //!
-//! After each round it is known how fast pages go and how many changed meanwhile. The guest is stopped when sending
+//! After each round it is known how fast pages go and how many changed since they were sent. The guest is stopped when sending
 //! these would take no longer than it may stand still, and another round would not make them much fewer. If they do not become
 //! fewer, that is done which was asked for: post-copy, or slowing the guest down step by step, or giving up with the figures.
 
@@ -25,8 +25,10 @@ pub struct Round {
     pub pages: u64,
     /// From the first page to the receipt for the last.
     pub time: Duration,
-    /// Pages that changed meanwhile.
+    /// Pages that changed after they were sent, or are new.
     pub changed: u64,
+    /// Pages that the guest wrote meanwhile, those that were not sent yet among them.
+    pub written: u64,
 }
 
 /// What comes next.
@@ -90,7 +92,7 @@ impl Convergence {
     /// Pages that the guest changes in a second, by the last round.
     pub fn changes_per_second(&self) -> f64 {
         self.last
-            .map_or(0.0, |round| per_second(round.changed, round.time))
+            .map_or(0.0, |round| per_second(round.written, round.time))
     }
 
     /// For how long the guest would stand still if it were stopped now.
@@ -170,6 +172,7 @@ mod tests {
             pages,
             time: SECOND,
             changed,
+            written: changed,
         }
     }
 
@@ -202,6 +205,7 @@ mod tests {
             pages: 20_000,
             time,
             changed: 19_000,
+            written: 19_000,
         };
         assert_eq!(convergence.after(steady), Next::Stop);
     }
@@ -249,6 +253,7 @@ mod tests {
             pages: 2,
             time: SECOND,
             changed: 1000,
+            written: 1000,
         });
         assert_eq!(convergence.downtime(), Duration::from_millis(10));
     }

@@ -316,22 +316,21 @@ impl<G: Departing> Leaving<'_, G> {
             _ => Otherwise::GiveUp,
         };
         let mut convergence = Convergence::new(self.options.max_downtime, otherwise);
-        let pages = self.guest.pages();
-        let mut changed = None;
+        let nothing = self.guest.changes().map_err(Error::Machine)?;
+        let mut changed = all_of(&*self.guest.pages(), nothing.range())?;
         loop {
             self.check(&convergence)?;
             let begun = Instant::now();
-            let sent = match &changed {
-                None => self.send(control, links, &*pages)?,
-                Some(changed) => self.send(control, links, &Only::new(&*pages, changed))?,
-            };
-            let next = self.guest.changes().map_err(Error::Machine)?;
+            let mut changes = Changes::since(&changed);
+            let sent = self.send(control, links, changed, Some(&mut changes))?;
+            changes.look(self.guest, None)?;
             let round = Round {
                 pages: sent,
                 time: begun.elapsed(),
-                changed: next.len(),
+                changed: changes.pages.len(),
+                written: changes.written,
             };
-            changed = Some(next);
+            changed = changes.pages;
             let decision = convergence.after(round);
             self.show(&convergence);
             self.check(&convergence)?;
@@ -344,7 +343,7 @@ impl<G: Departing> Leaving<'_, G> {
                 }
                 Next::GiveUp => return Err(Error::DoesNotConverge(convergence.to_string())),
                 stop @ (Next::Stop | Next::PostCopy) => {
-                    self.missing = changed.take().unwrap_or_else(|| PageSet::none(0..0));
+                    self.missing = changed;
                     return Ok(stop == Next::PostCopy);
                 }
             }
@@ -366,20 +365,50 @@ impl<G: Departing> Leaving<'_, G> {
             .store(u64::try_from(downtime).unwrap_or(u64::MAX), Relaxed);
     }
 
-    /// Sends pages over all links, and waits until all are placed.
-    fn send<S: PageSource + Sync>(
+    /// Sends pages over all links, and waits until all are placed. While the guest runs, `changes` notes what it does to them.
+    ///
+    /// What the guest writes before it is sent need not be sent again: so every now and then it is looked what has changed, and what
+    /// of that is still to be sent is left out. That is as fine as parts are short; and every look has the guest fault on its next
+    /// write to a page.
+    fn send(
         &mut self,
         control: &mut Link,
         links: &mut [Link],
-        source: &S,
+        mut rest: PageSet,
+        mut changes: Option<&mut Changes>,
     ) -> Result<u64> {
         self.rounds += 1;
         let round = self.rounds;
         self.progress.round.store(round, Relaxed);
-        expect(self.progress, source)?;
+        self.progress.pages_total.fetch_add(rest.len(), Relaxed);
         let (progress, failed) = (self.progress, &AtomicBool::new(false));
-        let sent = self.in_touch(control, failed, move || {
-            spread(links, source, round, failed, progress)
+        let source = self.guest.pages();
+        let mut said = Instant::now();
+        let mut sent = Ok(0);
+        let mut part_len = CHUNK as u64;
+        while !rest.is_empty()
+            && let Ok(before) = sent
+        {
+            if let Some(changes) = &mut changes {
+                changes.look(self.guest, Some(&rest))?;
+            } else {
+                part_len = u64::MAX;
+            }
+            let part = rest.split_first(part_len);
+            let begun = Instant::now();
+            sent = self.in_touch(control, &mut said, failed, || {
+                spread(links, &Only::new(&*source, &part), failed, progress)
+            });
+            if let Ok(now) = &mut sent {
+                part_len = pages_in(LOOK_EVERY, *now, begun.elapsed());
+                *now += before;
+            }
+        }
+        let sent = sent.and_then(|sent| {
+            for link in links {
+                link.say(&Word::RoundEnd { round })?;
+            }
+            Ok(sent)
         });
         // Also if a link broke: the destination then says why it broke it.
         control.say(&Word::RoundEnd { round })?;
@@ -407,11 +436,12 @@ impl<G: Departing> Leaving<'_, G> {
         Ok(sent)
     }
 
-    /// Does what may take longer than the destination is patient, and tells it meanwhile that this side is there. If it cannot
-    /// be told, `failed` is set.
+    /// Does what may take longer than the destination is patient, and tells it meanwhile that this side is there; it was told so
+    /// last when it `said` so. If it cannot be told, `failed` is set.
     fn in_touch<T: Send>(
         &self,
         control: &mut Link,
+        said: &mut Instant,
         failed: &AtomicBool,
         work: impl FnOnce() -> T + Send,
     ) -> T {
@@ -422,12 +452,16 @@ impl<G: Departing> Leaving<'_, G> {
                 drop(done);
                 outcome
             });
-            while is_done.recv_timeout(self.options.patience / 3) == Err(RecvTimeoutError::Timeout)
-            {
+            loop {
+                let quiet = (self.options.patience / 3).saturating_sub(said.elapsed());
+                if is_done.recv_timeout(quiet) != Err(RecvTimeoutError::Timeout) {
+                    break;
+                }
                 if control.say(&Word::Sending).is_err() {
                     failed.store(true, Relaxed);
                     break;
                 }
+                *said = Instant::now();
             }
             worker
                 .join()
@@ -461,7 +495,7 @@ impl<G: Departing> Leaving<'_, G> {
         let pages_stay = pages_may_stay && !self.missing.is_empty();
         if !pages_stay {
             let missing = std::mem::replace(&mut self.missing, PageSet::none(last.range().clone()));
-            self.send(control, &mut links, &Only::new(&*pages, &missing))?;
+            self.send(control, &mut links, missing, None)?;
         }
         for link in &mut links {
             link.finish()?;
@@ -773,32 +807,57 @@ fn next_run(source: &impl PageSource, from: u64) -> Result<Option<std::ops::Rang
     })
 }
 
-/// Says how many pages are to come.
-fn expect(progress: &Progress, source: &impl PageSource) -> Result<()> {
-    let (mut from, mut pages) = (0, 0);
-    while let Some(run) = next_run(source, from)? {
-        pages += run.end - run.start;
-        from = run.end;
-    }
-    progress.pages_total.fetch_add(pages, Relaxed);
-    Ok(())
-}
-
 /// Pages of a chunk.
 const CHUNK: usize = 64;
+
+/// How often it is looked what the guest has changed.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// How many pages go in a time, at least a chunk, when so many took so long.
+fn pages_in(time: Duration, pages: u64, took: Duration) -> u64 {
+    let pages = pages as f64 * time.as_secs_f64() / took.as_secs_f64().max(1e-6);
+    (pages as u64).max(CHUNK as u64)
+}
+
+/// What a guest changes while its memory is sent.
+struct Changes {
+    /// What is to be sent again.
+    pages: PageSet,
+    /// Pages that it wrote.
+    written: u64,
+}
+
+impl Changes {
+    /// None yet of a guest that has such pages.
+    fn since(pages: &PageSet) -> Self {
+        Self {
+            pages: PageSet::none(pages.range().clone()),
+            written: 0,
+        }
+    }
+
+    /// Asks what has changed. Of the pages in `to_come` it does not matter: they are read after this.
+    fn look(&mut self, guest: &mut impl Departing, to_come: Option<&PageSet>) -> Result<()> {
+        let new = guest.changes().map_err(Error::Machine)?;
+        self.written += new.len();
+        self.pages.add(&new);
+        if let Some(to_come) = to_come {
+            self.pages.remove(to_come);
+        }
+        Ok(())
+    }
+}
 
 /// Sends all pages of a source over all links at once, each page over one, unless something `failed`. Returns how many.
 fn spread<S: PageSource + Sync>(
     links: &mut [Link],
     source: &S,
-    round: u32,
     failed: &AtomicBool,
     progress: &Progress,
 ) -> Result<u64> {
     let cursor = Mutex::new(Cursor::new(CHUNK).map_err(Error::Pages)?);
     let work = |link: &mut Link| {
-        let sent = feed(link, source, &cursor, failed, progress)
-            .and_then(|sent| link.say(&Word::RoundEnd { round }).map(|()| sent));
+        let sent = feed(link, source, &cursor, failed, progress);
         if sent.is_err() {
             failed.store(true, Relaxed);
         }

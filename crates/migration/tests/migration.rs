@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use double::{Comer, Last, Leaver, Line, Memory, Network};
+use double::{Comer, FIRST, Last, Leaver, Line, Memory, Network};
 use migration::handover::{Destination, Source};
 use migration::{
     Away, Decider, Departure, Error, Filling, Options, PostCopy, Progress, Receiver, Report,
@@ -170,10 +170,12 @@ fn a_guest_that_writes_arrives_with_every_page_and_tag() {
 fn a_round_may_take_longer_than_the_destination_is_patient() {
     let (network, door) = Network::new();
     let mut guest = Leaver::new(0);
-    guest.memory.slowness.store(8, SeqCst);
-    let mut there = patient_destination(SHORT, door, Comer::new(u64::MAX));
+    guest.memory.slowness.store(16, SeqCst);
+    let patience = 3 * SHORT;
+    let mut there = patient_destination(patience, door, Comer::new(u64::MAX));
     let options = Options {
-        patience: SHORT,
+        // It says that it is there after a third of that, which is longer than a part of the round takes.
+        patience: 2 * patience,
         ..options(PostCopy::Never)
     };
 
@@ -181,7 +183,24 @@ fn a_round_may_take_longer_than_the_destination_is_patient() {
     let report = went(depart(&mut guest, &Line(network), &options, &progress));
     there.join();
 
-    assert!(report.total > 2 * SHORT, "{report:?}");
+    assert!(report.total > patience, "{report:?}");
+    assert!(same(&guest.memory, &there.memory));
+}
+
+#[test]
+fn a_page_that_changes_before_it_is_sent_is_sent_once() {
+    let (network, door) = Network::new();
+    let mut guest = Leaver::new(0);
+    // One that was sent, one that will be, and one that is new.
+    *guest.memory.written_when_read.lock().unwrap() = vec![FIRST, FIRST + 500, FIRST + 501];
+    let mut there = destination(door, Comer::new(u64::MAX));
+
+    let options = options(PostCopy::Never);
+    let progress = Progress::default();
+    let report = went(depart(&mut guest, &Line(network), &options, &progress));
+    there.join();
+
+    assert_eq!(report.pages, 256 + 2);
     assert!(same(&guest.memory, &there.memory));
 }
 

@@ -59,6 +59,35 @@ impl PageSet {
         }
     }
 
+    /// Removes all of `other`, which has the same range.
+    pub fn remove(&mut self, other: &Self) {
+        debug_assert_eq!(self.range, other.range);
+        for (word, other) in self.words.iter_mut().zip(&other.words) {
+            *word &= !other;
+        }
+    }
+
+    /// Takes its first pages out of it: so many, or all.
+    #[must_use]
+    pub fn split_first(&mut self, pages: u64) -> Self {
+        let mut first = Self::none(self.range.clone());
+        let mut wanted = pages;
+        for (from, to) in self.words.iter_mut().zip(&mut first.words) {
+            let there = u64::from(from.count_ones());
+            if there <= wanted {
+                *to = std::mem::take(from);
+                wanted -= there;
+                continue;
+            }
+            for _ in 0..wanted {
+                *to |= *from & from.wrapping_neg();
+                *from &= *from - 1;
+            }
+            break;
+        }
+        first
+    }
+
     /// Whether it has a page.
     #[must_use]
     pub fn contains(&self, page: u64) -> bool {
@@ -174,6 +203,31 @@ mod tests {
             let listed: Vec<u64> = set.runs().flatten().collect();
             prop_assert_eq!(listed, expected.iter().copied().collect::<Vec<_>>());
             prop_assert!((0..1500).all(|page| set.contains(page) == expected.contains(&page)));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_split_off_a_set_are_its_first_pages(
+            pages in prop::collection::btree_set(5u64..300, 0..200),
+            wanted in 0u64..250,
+        ) {
+            let mut set = PageSet::none(5..300);
+            for page in &pages {
+                set.insert(*page..page + 1);
+            }
+            let whole = set.clone();
+
+            let first = set.split_first(wanted);
+
+            let listed = |set: &PageSet| set.runs().flatten().collect::<Vec<u64>>();
+            let expected: Vec<u64> = pages.iter().copied().take(wanted as usize).collect();
+            prop_assert_eq!(listed(&first), expected);
+            let expected: Vec<u64> = pages.into_iter().skip(wanted as usize).collect();
+            prop_assert_eq!(listed(&set), expected);
+            let mut rest = whole;
+            rest.remove(&first);
+            prop_assert_eq!(rest, set);
         }
     }
 

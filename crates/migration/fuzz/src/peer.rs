@@ -105,7 +105,7 @@ const WORDS: [&str; 8] = [
     "hello",
 ];
 
-const STATES: [&str; 9] = [
+const STATES: [&str; 10] = [
     r#""receiving""#,
     r#"{"ready":{"pages_missing":true}}"#,
     r#"{"ready":{"pages_missing":false}}"#,
@@ -115,6 +115,7 @@ const STATES: [&str; 9] = [
     r#""separated""#,
     r#""complete""#,
     r#""discarded""#,
+    r#""ended""#,
 ];
 
 fn take<'a>(rest: &mut &'a [u8], most: u8) -> &'a [u8] {

@@ -34,6 +34,8 @@ pub struct Memory {
     dirty: Mutex<PageSet>,
     /// Milliseconds that it takes to read from it.
     pub slowness: AtomicU64,
+    /// Pages that are written when the first one of them was read, once.
+    pub written_when_read: Mutex<Vec<u64>>,
 }
 
 impl Memory {
@@ -42,6 +44,7 @@ impl Memory {
             pages: Mutex::new(vec![None; PAGES as usize]),
             dirty: Mutex::new(PageSet::none(RAM)),
             slowness: AtomicU64::new(0),
+            written_when_read: Mutex::default(),
         })
     }
 
@@ -91,6 +94,7 @@ impl PageSource for Memory {
 
     fn read(&self, first: u64, data: &mut [Page], tags: &mut [TagPage]) -> io::Result<()> {
         thread::sleep(Duration::from_millis(self.slowness.load(SeqCst)));
+        let data_len = data.len() as u64;
         let pages = self.pages.lock().unwrap();
         for (i, (data, tags)) in data.iter_mut().zip(tags).enumerate() {
             let content = &pages[(first - FIRST) as usize + i];
@@ -99,6 +103,12 @@ impl PageSource for Memory {
                 .map_or(([0; PAGE_SIZE], TagPage::ZERO), |content| {
                     (content.data, content.tags.clone())
                 });
+        }
+        drop(pages);
+        let mut then = self.written_when_read.lock().unwrap();
+        let read = first..first + data_len;
+        if then.first().is_some_and(|page| read.contains(page)) {
+            then.drain(..).for_each(|page| self.write(page, 1 << 20));
         }
         Ok(())
     }
