@@ -40,7 +40,7 @@ const GUEST_MODULES: &[&str] = &[
 /// benchmarks compare with.
 const HOST_PACKAGES: &str = "\
     base-files bash binutils busybox-static coreutils curl dash diffutils e2fsprogs findutils gdb grep gzip hostname \
-    iproute2 iputils-ping jq kmod less libc-bin linux-image-arm64 lua5.4 mawk mount ncurses-base perl procps python3 \
+    iproute2 iputils-ping jq kmod less libc-bin linux-image-arm64 lldb lua5.4 mawk mount ncurses-base perl procps python3 \
     qemu-system-arm sed socat sqlite3 strace tar util-linux xz-utils zstd";
 
 /// The applets of busybox that the lab's scripts and people in guests use.
