@@ -27,13 +27,9 @@ console_has panics 'vCPU 1 stands at 0x'
 grep -A 20 'the guest died' "$OUT/panics.console"
 
 # The first program of a guest dies of a tag fault on its tagged heap, and the kernel with it.
-perl=$(command -v perl)
-mapfile -t libraries < <(ldd "$perl" | grep -o '/[^ ]*')
-mkdir guest
-cp --parents -L "$perl" "${libraries[@]}" guest
-cp -rL --parents $(perl -e 'print "@INC"' | tr ' ' '\n' | grep perl-base) guest
+perl_into guest
 cp "$LAB/programs/heartbeat.pl" guest
-printf '%s\n' '#!/bin/busybox sh' 'export GLIBC_TUNABLES=glibc.mem.tagging=3' 'exec /usr/bin/perl /heartbeat.pl --bleed' > guest/first
+printf '%s\n' '#!/bin/busybox sh' 'export GLIBC_TUNABLES=glibc.mem.tagging=3' "exec $perl /heartbeat.pl --bleed" > guest/first
 chmod +x guest/first
 initrd_with trixie guest
 timeout $LIMIT tagvisor run --name init-dies --no-reboot --memory 512M --kernel "$LAB/kernels/trixie/Image" --initrd guest.initrd \

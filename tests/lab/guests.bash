@@ -39,6 +39,16 @@ initrd_with() {
     (cd "$2" && find . | busybox cpio -o -H newc 2> /dev/null) | cat "$LAB/kernels/$1/initrd.cpio" - > "$2.initrd"
 }
 
+# perl_into FOLDER: Debian's Perl in FOLDER, with its libraries and base modules. Sets $perl.
+perl_into() {
+    local libraries modules
+    perl=$(command -v perl)
+    mapfile -t libraries < <(ldd "$perl" | grep -o '/[^ ]*')
+    mapfile -t modules < <(perl -e 'print "$_\n" for @INC' | grep perl-base)
+    mkdir -p "$1"
+    cp -r --parents -L -t "$1" "$perl" "${libraries[@]}" "${modules[@]}"
+}
+
 # python_into FOLDER MODULE…: Debian's Python and sqlite3 in FOLDER, with what these modules and Python's start need. Sets $python.
 python_into() {
     local folder=$1 modules binaries libraries
@@ -102,6 +112,43 @@ ended_as() {
     local status=0
     wait "$2" || status=$?
     [ $status = "$1" ] || fail "a machine ended with status $status instead of $1"
+}
+
+# show_vcpus PID: what the host knows of a VM's vCPUs: where their threads are, their interrupts, and the timers that are to wake them.
+show_vcpus() {
+    local task
+    mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug
+    for task in /proc/"$1"/task/*; do
+        echo "$(cat "$task/comm"): $(cut -d' ' -f3,14,15 "$task/stat") $(cat "$task/wchan")"
+    done
+    grep -hE 'VCPU|PPI' /sys/kernel/debug/kvm/"$1"-*/vgic-state
+    grep -E '^now at' /proc/timer_list
+    grep -A 2 'kvm_.*timer' /proc/timer_list
+}
+
+# passes_on CONSOLE…: how many passes over all of its memory the tag workload says to have made, on any of these consoles.
+passes_on() {
+    local made
+    made=$(grep -ho 'workload: [0-9]* passes' "$@" 2> /dev/null | tr -cd '0-9\n' | sort -n | tail -n 1) || true
+    echo "${made:-0}"
+}
+
+# goes_on PID CONSOLE…: the tag workload of the guest, whose console goes to one of these files after the other, goes on: everything is as it
+# left it in a pass over all of its memory that it begins from now on.
+goes_on() {
+    local pid=$1 deadline=$((SECONDS + LIMIT)) said enough
+    shift
+    # What it said last may be long ago.
+    said=$(cat "$@" 2> /dev/null | wc -l) || true
+    while [ -z "${enough:-}" ] || [ "$(passes_on "$@")" -lt "$enough" ]; do
+        ! grep -h 'workload: difference' "$@" 2> /dev/null || fail 'the guest found a difference'
+        if [ $SECONDS -ge $deadline ] || ! kill -0 "$pid" 2> /dev/null; then
+            show_vcpus "$pid" || true
+            fail "the guest does not go on: $(tail -n 5 "$@")"
+        fi
+        sleep 0.2
+        [ "$(cat "$@" 2> /dev/null | wc -l)" = "$said" ] || enough=${enough:-$(($(passes_on "$@") + 2))}
+    done
 }
 
 # add_swap: gives the host swap, in compressed memory. For hosts of a script's own.

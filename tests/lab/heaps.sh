@@ -1,7 +1,8 @@
 #!/bin/bash
 # lab: own-host timeout=900
 # Unmodified Debian Python and SQLite, on heaps whose blocks glibc tags, make transactions on a virtio disk. The machine is
-# saved in the midst of them, and they go on after an eager and after a lazy restore, if the disk is as it was.
+# saved in the midst of them, and they go on after an eager and after a lazy restore, if the disk is as it was. Their tags are looked
+# at, too.
 . "$(dirname "$0")/guests.bash"
 
 mkdir guest
@@ -31,6 +32,18 @@ echo "at work, $SECONDS s"
 tagvisor pause ledger
 tagvisor snapshot ledger file
 cp --preserve=timestamps disk disk.then
+
+# What their heaps have of tags is seen alike in the machine and in its snapshot: pages of many tags, drawn at random.
+tagvisor tags stat file > saved.stat
+tagvisor tags stat ledger | tee live.stat | cmp - saved.stat
+head -n 9 saved.stat
+tagvisor tags stat file --json > stat
+jq -e '.mixed > 200 and .entropy_of_tagged > 3.5' stat > answer || fail "these are no tagged heaps: $(cat stat)"
+tagvisor tags map ledger --png "$OUT/heaps.png"
+tagvisor core ledger live.core --json > core.json
+tagvisor core file saved.core --json | cmp - core.json
+cmp live.core saved.core
+rm live.core saved.core
 tagvisor resume ledger
 wait_for_console ledger 'ledger: 30 transactions' $machine
 tagvisor stop ledger

@@ -22,11 +22,6 @@ start() {
     wait_for_console "$name" ' 0 differences' $machine
 }
 
-# goes_on NAME: its workload finds its memory as it left it, twice more.
-goes_on() {
-    wait_for_console_times "$1" ' 0 differences' $(($(grep -c ' 0 differences' "$OUT/$1.console") + 2)) $machine
-}
-
 # agrees NAME: what is seen of the machine, which is paused, is what is in its snapshot.
 agrees() {
     tagvisor pause "$1"
@@ -48,7 +43,7 @@ agrees() {
     jq -e '.pages > 1000 and .data + .tags + .both + .only_first + .only_second == 0' same > answer ||
         fail "$1 is not what its snapshot is: $(cat same)"
     tagvisor resume "$1"
-    goes_on "$1"
+    goes_on $machine "$OUT/$1.console"
     tagvisor tags diff "$1.snapshot" "$1" --summary --json > changed
     jq -e '.both > 0 and .tag_granules > 100' changed > answer || fail "nothing changed in $1: $(cat changed)"
     echo "$1: seen as saved, $SECONDS s; changed: $(cat changed)"
@@ -69,7 +64,7 @@ leaves() {
 
 start web
 agrees web
-goes_on web
+goes_on $machine "$OUT/web.console"
 
 # Figures and pictures while it runs.
 for how in '' --live; do
@@ -82,7 +77,7 @@ for how in '' --live; do
     [ "$(wc -l < found)" -gt 100 ] || fail "few granules have tag 7: $(head found)"
 done
 cat map
-goes_on web
+goes_on $machine "$OUT/web.console"
 
 # The kernel's own tables: what it says of its text is where its text is.
 banner=0x$(sed -n 's/^banner: \([0-9a-f]*\) .*/\1/p' "$OUT/web.console")
@@ -107,7 +102,7 @@ sleep 2
 [ "$(grep -c ' 0 differences' "$OUT/web.console")" -le $((lines + 1)) ] || fail 'the guest ran while it was looked at'
 leaves
 exec 3<&-
-goes_on web
+goes_on $machine "$OUT/web.console"
 tagvisor info web | grep -q '^state  *Running' || fail "it does not run: $(tagvisor info web)"
 
 # What is wanted of the machine meanwhile waits for its turn.
@@ -119,7 +114,7 @@ sleep 1
 kill -0 $waiting || fail 'a snapshot did not wait for whoever looked'
 leaves
 ended_as 0 $waiting
-goes_on web
+goes_on $machine "$OUT/web.console"
 
 # But for its end.
 looks web
@@ -157,7 +152,7 @@ machine=$!
 until [ -S /run/tagvisor/lazy/api.sock ]; do sleep 0.05; done
 tagvisor tags stat lazy --json > stat
 jq -e '.mixed > 100' stat > answer || fail "few pages have several tags: $(cat stat)"
-wait_for_console_times lazy ' 0 differences' 3 $machine
+goes_on $machine "$OUT/lazy.console"
 tagvisor stop lazy
 ended_as 3 $machine
 

@@ -3,10 +3,7 @@
 # its data and to the tag that it has; of one that sleeps it is said that they are not.
 . "$(dirname "$0")/guests.bash"
 
-perl=$(command -v perl)
-mapfile -t libraries < <(ldd "$perl" | grep -o '/[^ ]*')
-mkdir guest
-cp --parents -L "$perl" "${libraries[@]}" guest
+perl_into guest
 cat > guest/spin.pl << 'END'
 $| = 1;
 my $text = "tagged heap " x 100;

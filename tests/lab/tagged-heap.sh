@@ -2,24 +2,20 @@
 # An unmodified Debian program lives in a guest on a heap that glibc tags, and dies of a tag fault when it overflows it.
 . "$(dirname "$0")/guests.bash"
 
-perl=$(command -v perl)
-mapfile -t libraries < <(ldd "$perl" | grep -o '/[^ ]*')
-mkdir guest
-cp --parents -L "$perl" "${libraries[@]}" guest
-cp -rL --parents $(perl -e 'print "@INC"' | tr ' ' '\n' | grep perl-base) guest
+perl_into guest
 cp "$LAB/programs/heartbeat.pl" "$LAB/bin/mte-checks" guest
 initrd_with trixie guest
 export INITRD=guest.initrd
 
-linux_succeeds heap-lives trixie -- GLIBC_TUNABLES=glibc.mem.tagging=3 /usr/bin/perl /heartbeat.pl
+linux_succeeds heap-lives trixie -- GLIBC_TUNABLES=glibc.mem.tagging=3 $perl /heartbeat.pl
 console_has heap-lives 'heartbeat: ok'
 
-linux heap-dies trixie -- GLIBC_TUNABLES=glibc.mem.tagging=3 /mte-checks tag-fault /usr/bin/perl /heartbeat.pl --bleed ||
+linux heap-dies trixie -- GLIBC_TUNABLES=glibc.mem.tagging=3 /mte-checks tag-fault $perl /heartbeat.pl --bleed ||
     fail "tagvisor ended with status $?"
 console_has heap-dies 'heartbeat: a request claims 64 KiB and has 16 bytes'
 console_lacks heap-dies 'heartbeat: bled'
 console_has heap-dies 'guest: exit 0'
 
 # The same request without tags: it is the tags that stop it.
-linux heap-bleeds trixie -- /usr/bin/perl /heartbeat.pl --bleed || fail "tagvisor ended with status $?"
+linux heap-bleeds trixie -- $perl /heartbeat.pl --bleed || fail "tagvisor ended with status $?"
 console_has heap-bleeds 'heartbeat: bled'

@@ -8,7 +8,7 @@ use crate::worker::Counters;
 /// The state of all threads together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// Passes that every thread has made.
+    /// Passes over all of the memory.
     pub passes: u64,
     /// Pages of the memory.
     pub pages: usize,

@@ -25,6 +25,9 @@ const LINE_EVERY: Duration = Duration::from_secs(1);
 /// How often is looked whether to end.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
+/// How often a thread that has ended its pass looks whether the others have.
+const LOOK_AT_OTHERS_EVERY: Duration = Duration::from_micros(100);
+
 /// Exit status of a program that could not work.
 const CANNOT_WORK: u8 = 2;
 
@@ -244,10 +247,21 @@ fn work_on_own_pages(shared: &Shared<'_>, thread: usize) -> Outcome {
         while !stopped() {
             worker.pass(stopped)?;
             thread::sleep(arguments.pause);
+            while !stopped() && !all_have_ended_the_pass_of(shared, thread) {
+                thread::sleep(LOOK_AT_OTHERS_EVERY);
+            }
         }
         worker.finish()
     };
     Ok(until_stopped())
+}
+
+/// Nobody begins a pass before, so that each pass is one over all of the memory: when two more have been made, every page was
+/// looked at since.
+fn all_have_ended_the_pass_of(shared: &Shared<'_>, thread: usize) -> bool {
+    let passes = |counters: &Counters| counters.passes.load(Ordering::Relaxed);
+    let own = passes(&shared.counters[thread]);
+    shared.counters.iter().all(|other| passes(other) >= own)
 }
 
 fn watch_asynchronous_faults(shared: &Shared<'_>, thread: usize) -> Outcome {

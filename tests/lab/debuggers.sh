@@ -1,15 +1,13 @@
 #!/bin/bash
 # lab: timeout=900
-# Debian's gdb on a guest that runs: registers, breakpoints, steps, watchpoints and memory tags; the guest goes on as if nothing had
-# been, also when a client sends garbage or vanishes; and a tag that gdb changes is one that the guest's program dies of.
+# Debian's gdb and lldb on a guest that runs: registers, breakpoints, steps, watchpoints and memory tags; the guest goes on as if
+# nothing had been, also when a client sends garbage or vanishes; a tag that gdb changes is one that the guest's program dies of; and
+# gdb is told how a machine ended, and finds the next one.
 . "$(dirname "$0")/guests.bash"
 
 # A program with a tagged heap, which says where a piece of it is, looks at it again and again, and says so. Its kernel has a
 # probe where it writes: a BRK of the guest's own.
-perl=$(command -v perl)
-mapfile -t libraries < <(ldd "$perl" | grep -o '/[^ ]*')
-mkdir guest
-cp --parents -L "$perl" "${libraries[@]}" guest
+perl_into guest
 cat > guest/beat.pl << 'END'
 $| = 1;
 my $text = "tagged heap " x 100;
@@ -187,14 +185,64 @@ echo > hold
 wait $holder
 beats_on 'a debugger that held it'
 
-# A tag that gdb changes is one that the guest's program dies of.
+# lldb.
+cat > session.lldb << END
+settings set plugin.process.gdb-remote.packet-timeout 100
+gdb-remote 127.0.0.1:$port
+thread list
+register read TTBR0_EL1
+breakpoint set -H -a $select
+continue
+memory read -c 12 $buffer
+memory tag read $granule
+memory tag write $granule $((0x$first))
+memory tag read $granule
+memory tag write $granule $((0x$tag))
+memory tag read $granule
+breakpoint delete --force
+thread step-inst
+detach
+END
+timeout $LIMIT lldb --no-lldbinit --no-use-colors --batch --source session.lldb > "$OUT/lldb.out" 2>&1 || fail "lldb ended with status $?: $(cat "$OUT/lldb.out")"
+cat "$OUT/lldb.out"
+lldb_says() {
+    grep -qE -- "$1" "$OUT/lldb.out" || fail "lldb does not say '$1'"
+}
+lldb_says 'thread #2: .*tid = 0x0002'
+lldb_says '^ *TTBR0_EL1 = 0x'
+lldb_says 'stop reason = breakpoint 1\.'
+lldb_says ' tagged heap'
+mapfile -t tags < <(sed -n 's/^\[.*): \(0x[0-9a-f]*\).*/\1/p' "$OUT/lldb.out")
+[ "${tags[*]}" = "0x$tag 0x$first 0x$tag" ] || fail "lldb sees the tags ${tags[*]}"
+beats_on lldb
+
+# A tag that gdb changes is one that the guest's program dies of. gdb stays until the machine is switched off.
 gdb_does kill << END
 target remote 127.0.0.1:$port
 hbreak *$select
 continue
 memory-tag set-allocation-tag $granule 16 0$first
 delete
-detach
+continue
 END
 ended_as 0 $machine
 console_has web 'guest: exit 0'
+says kill 'the guest switched its machine off'
+says kill 'exited normally'
+
+# A machine that is reset starts over without its debugger, who finds it at the same address. This one does nothing but reset itself.
+tagvisor run --name again --flat "$LAB/bin/tag-fault.bin" --console "file=$OUT/again.console" < /dev/null 2> again.err &
+machine=$!
+wait_for_console again 'tag-fault: pointer' $machine
+tagvisor gdb again --listen "unix:$PWD/gdb.sock"
+gdb_does reset << END
+target remote $PWD/gdb.sock
+continue
+target remote $PWD/gdb.sock
+continue
+END
+[ "$(grep -c 'come again at the same address' "$OUT/reset.gdb.out")" = 2 ] || fail "gdb was not told of two resets: $(cat "$OUT/reset.gdb.out")"
+seen=$(grep -c 'tag-fault: pointer' "$OUT/again.console")
+wait_for_console_times again 'tag-fault: pointer' $((seen + 2)) $machine
+tagvisor stop again
+ended_as 3 $machine
