@@ -442,6 +442,12 @@ fn finish_apart<'a>(
     apart
 }
 
+/// The first and last of page numbers, 0 if there are none.
+fn ends(numbers: &[u64]) -> (u64, u64) {
+    let page = |page: Option<&u64>| page.copied().unwrap_or(0);
+    (page(numbers.first()), page(numbers.last()))
+}
+
 fn put_tags(
     encoder: &mut tagcodec::Encoder,
     effort: Effort,
@@ -490,7 +496,7 @@ impl Decoder {
         &mut self,
         chunk: &Chunk,
         batch: &mut Batch,
-        fill: impl FnOnce(&mut Decompressor, &mut [u8]) -> Result<(), ChunkError>,
+        fill: impl FnOnce(&mut Decompressor, &mut [u8]) -> Option<()>,
     ) -> Result<()> {
         batch.clear();
         chunk.must_be(Kind::Pages)?;
@@ -505,7 +511,7 @@ impl Decoder {
         &mut self,
         chunk: &Chunk,
         batch: &mut Batch,
-        fill: impl FnOnce(&mut Decompressor, &mut [u8]) -> Result<(), ChunkError>,
+        fill: impl FnOnce(&mut Decompressor, &mut [u8]) -> Option<()>,
     ) -> Result<(), ChunkError> {
         let head = &chunk.head;
         let mut meta = chunk.meta();
@@ -536,7 +542,8 @@ impl Decoder {
         }
         batch.make_room();
         let decoded = batch.data[..with_data].as_flattened_mut();
-        fill(&mut self.decompressor, decoded)?;
+        let (first, last) = ends(&batch.numbers);
+        fill(&mut self.decompressor, decoded).ok_or(ChunkError::PagesData { first, last })?;
         spread(&mut batch.data[..head.count], with_data, has_data);
         self.verify(head, batch, has_data)
     }
@@ -553,8 +560,7 @@ impl Decoder {
             self.check.add(number, has_data(i).then_some(data), tags);
         }
         if !matches(self.check.end(), head.content_check) {
-            let [first, last] = [batch.numbers.first(), batch.numbers.last()]
-                .map(|page| page.copied().unwrap_or(0));
+            let (first, last) = ends(&batch.numbers);
             return Err(ChunkError::PagesDamaged { first, last });
         }
         Ok(())
@@ -613,7 +619,7 @@ impl Decoder {
                 let mut data = vec![0; chunk.head.decoded_len];
                 self.decompressor
                     .fill(codec, chunk.data(), &mut data)
-                    .map_err(|problem| chunk.place.fault(problem))?;
+                    .ok_or_else(|| chunk.place.fault(ChunkError::Data))?;
                 Cow::Owned(data)
             }
         };

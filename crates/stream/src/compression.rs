@@ -4,7 +4,6 @@ use lz4_flex::block::{
     CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size,
 };
 
-use crate::error::ChunkError;
 use crate::wire::Codec;
 
 /// What a writer makes of data. What does not become shorter is left as it is.
@@ -69,13 +68,8 @@ impl Compressor {
 pub(crate) struct Decompressor(Option<zstd::bulk::Decompressor<'static>>);
 
 impl Decompressor {
-    /// Fills `out`, which must be what the data become.
-    pub(crate) fn fill(
-        &mut self,
-        codec: Codec,
-        data: &[u8],
-        out: &mut [u8],
-    ) -> Result<(), ChunkError> {
+    /// Fills `out`, which must be what the data become: `None` if it is not.
+    pub(crate) fn fill(&mut self, codec: Codec, data: &[u8], out: &mut [u8]) -> Option<()> {
         let filled = match codec {
             Codec::Raw if data.len() == out.len() => {
                 out.copy_from_slice(data);
@@ -89,9 +83,6 @@ impl Decompressor {
                 .decompress_to_buffer(data, out)
                 .ok(),
         };
-        if filled != Some(out.len()) {
-            return Err(ChunkError::Data);
-        }
-        Ok(())
+        (filled == Some(out.len())).then_some(())
     }
 }

@@ -193,6 +193,14 @@ pub enum ChunkError {
         /// The last one.
         last: u64,
     },
+    /// The data of its pages cannot be decompressed.
+    #[error("data of pages {first:#x} to {last:#x} cannot be decompressed")]
+    PagesData {
+        /// The first page number that it says it has.
+        first: u64,
+        /// The last one.
+        last: u64,
+    },
     /// A kind that is not known.
     #[error("its kind, {0}, is unknown")]
     Kind(u8),
@@ -221,7 +229,7 @@ pub enum ChunkError {
     /// The tags cannot be decoded.
     #[error("its tags: {0}")]
     Tags(tagcodec::Error),
-    /// The data cannot be decompressed.
+    /// Its data, which are not those of pages, cannot be decompressed.
     #[error("its data cannot be decompressed")]
     Data,
     /// The name of a saved state is not one.

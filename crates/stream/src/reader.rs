@@ -113,10 +113,7 @@ impl<R: Read> StreamReader<R> {
             let mut arrived = Ok(());
             let decoded = decoder.pages_with(chunk, batch, |_, data| {
                 arrived = self.from.read_exact(data);
-                match arrived {
-                    Ok(()) => Ok(()),
-                    Err(_) => Err(ChunkError::Data),
-                }
+                arrived.is_ok().then_some(())
             });
             self.whole(arrived, chunk.bytes.len())?;
             decoded?;

@@ -614,7 +614,8 @@ fn data_that_become_more_or_less_than_announced_are_refused() {
                 data: coded,
                 ..forger.two_pages()
             });
-            assert_eq!(found, ChunkError::Data, "codec {codec}");
+            let expected = ChunkError::PagesData { first: 5, last: 6 };
+            assert_eq!(found, expected, "codec {codec}");
         }
     }
     let raw = refused(|forger| Forged {
