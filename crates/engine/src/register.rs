@@ -74,10 +74,14 @@ impl RegisterId {
     pub const ELR_EL1: Self = Self::core(35 * 2);
     /// `SPSR_EL1`.
     pub const SPSR_EL1: Self = Self::core(36 * 2);
+    /// `MIDR_EL1`, which says who made the CPU.
+    pub const MIDR_EL1: Self = Self::system(3, 0, 0, 0, 0);
     /// `MPIDR_EL1`.
     pub const MPIDR_EL1: Self = Self::system(3, 0, 0, 0, 5);
     /// `ID_AA64PFR1_EL1`, in which a guest finds its MTE level.
     pub const ID_AA64PFR1_EL1: Self = Self::system(3, 0, 0, 4, 1);
+    /// `ID_AA64ISAR2_EL1`, in which a guest finds whether its CPU can wait with a time limit.
+    pub const ID_AA64ISAR2_EL1: Self = Self::system(3, 0, 0, 6, 2);
     /// `ID_AA64MMFR0_EL1`, which names the page sizes that the CPU has.
     pub const ID_AA64MMFR0_EL1: Self = Self::system(3, 0, 0, 7, 0);
     /// `ID_AA64DFR0_EL1`, which says how many breakpoints and watchpoints the CPU has.

@@ -131,6 +131,7 @@ pub(super) fn assemble<H: Hypervisor>(
         };
         write_device_tree(&memory, loaded, &description)?;
         check_page_size(&vcpus, loaded)?;
+        cpu::hide_timed_waits(&vcpus)?;
         enter(&vcpus, loaded)?;
     }
     Ok(Parts {

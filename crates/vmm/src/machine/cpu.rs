@@ -191,6 +191,43 @@ pub fn identity(vcpu: &impl Vcpu) -> engine::Result<VcpuState> {
     })
 }
 
+/// Hides from a new guest that its CPU can wait with a time limit (FEAT_WFxT), where the CPU is an emulator's.
+///
+/// QEMU 10 does not tell the hypervisor which register holds the limit of a WFIT that it traps, and KVM then takes it for a WFI
+/// (`kvm_handle_wfx` in Linux' `arch/arm64/kvm/handle_exit.c`). Linux delays by WFIT where it can, also in a timer's interrupt: then
+/// nothing wakes that vCPU any more.
+///
+/// # Errors
+/// A register cannot be read. A host that cannot hide it (Linux before 6.7) is warned of.
+pub fn hide_timed_waits(vcpus: &[impl Vcpu]) -> engine::Result<()> {
+    let Some(boot_cpu) = vcpus.first() else {
+        return Ok(());
+    };
+    let known = boot_cpu.registers()?;
+    let ids = [RegisterId::MIDR_EL1, RegisterId::ID_AA64ISAR2_EL1];
+    if !ids.iter().all(|id| known.contains(id)) {
+        return Ok(());
+    }
+    let [midr, isar2] = ids.map(|id| boot_cpu.register_u64(id));
+    if let Some(hidden) = without_timed_waits(midr?, isar2?) {
+        let hide = |vcpu: &_| Vcpu::set_register_u64(vcpu, RegisterId::ID_AA64ISAR2_EL1, hidden);
+        if let Err(e) = vcpus.iter().try_for_each(hide) {
+            tracing::warn!(
+                "the CPU is emulated, and KVM here cannot hide WFIT from the guest, which may stand still in one: {e}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What ID_AA64ISAR2_EL1 is to be instead, if anything.
+fn without_timed_waits(midr: u64, isar2: u64) -> Option<u64> {
+    // MIDR_EL1.Implementer, bits 31:24: 0 is for software (Arm ARM D24.2.122).
+    const IMPLEMENTER: u64 = 0xff << 24;
+    const WFXT: u64 = 0xf;
+    (midr & IMPLEMENTER == 0 && isar2 & WFXT != 0).then_some(isar2 & !WFXT)
+}
+
 /// What a saved CPU has and this one has not, or has less of.
 pub fn missing(state: &VcpuState, here: &VcpuState) -> Vec<Feature> {
     let missing_of = |register| {
@@ -250,6 +287,17 @@ mod tests {
 
         let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
         assert_eq!(names, ["SVE", "MTE (level 3)", "AES (level 2)"]);
+    }
+
+    #[test]
+    fn waits_with_a_time_limit_are_hidden_on_emulated_cpus_alone() {
+        // QEMU's `max`, and a Neoverse V2.
+        let (emulated, neoverse) = (0x000f_0510, 0x410f_d4f0);
+        let (wfxt, others) = (2, 0x1_2300);
+
+        assert_eq!(without_timed_waits(emulated, wfxt | others), Some(others));
+        assert_eq!(without_timed_waits(emulated, others), None);
+        assert_eq!(without_timed_waits(neoverse, wfxt | others), None);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! What a guest can tell of its machine right after it was started, and whether that is as it should be.
 
+use core::arch::asm;
+
 use payloads::machine::Machine;
 use payloads::report::Report;
 use payloads::{power, println, read_register, start};
@@ -51,6 +53,7 @@ pub fn run(machine: &Machine, report: &mut Report) {
             machine.processors()[0],
         );
     });
+    waits_with_a_time_limit_end(report);
     match machine.argument("end") {
         Some("reset") => {
             println!("boot: restarts");
@@ -62,4 +65,28 @@ pub fn run(machine: &Machine, report: &mut Report) {
         }
         _ => {}
     }
+}
+
+/// FEAT_WFxT: a hypervisor may run others while a guest delays, but must come back by itself.
+fn waits_with_a_time_limit_end(report: &mut Report) {
+    const NAME: &str = "waits-with-a-time-limit-end";
+    let emulated = read_register!("midr_el1") >> 24 & 0xff == 0;
+    let offered = read_register!("S3_0_C0_C6_2") & 0xf != 0;
+    if !offered {
+        return report.skip(NAME, "the CPU has none");
+    }
+    report.check(NAME, |check| {
+        check.that(
+            !emulated,
+            format_args!("an emulated CPU has them, which may never end"),
+        );
+        if emulated {
+            return;
+        }
+        let end = read_register!("cntvct_el0") + read_register!("cntfrq_el0") / 100;
+        while read_register!("cntvct_el0") < end {
+            // SAFETY: WFIT X0 changes nothing; it may end early.
+            unsafe { asm!(".inst 0xd5031020", in("x0") end, options(nomem, nostack)) };
+        }
+    });
 }
