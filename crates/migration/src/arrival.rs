@@ -232,6 +232,8 @@ impl Receiver {
             Ok(()) => Ok((control, pages, hello.session)),
             Err(reason) => {
                 let reason = reason.to_string();
+                // Who hears this may offer another guest at once.
+                *self.desk.session() = None;
                 control.say(&Word::Refused {
                     reason: reason.clone(),
                 })?;
