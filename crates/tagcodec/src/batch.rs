@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::page::{
     MAX_PAGE_LEN, MOST_SPANS, RAW, SPANS_MARGIN, decode_page, encode_page, put_raw, put_spans,
 };
-use crate::span::{PACKED, Spans, first_granules, uniform};
+use crate::span::{PACKED, Spans, alike, uniform};
 use crate::unpacked::{SpanReader, pack, room, unpacked_pages};
 
 /// Pages of a group; the last one of a batch may have fewer.
@@ -60,8 +60,7 @@ impl Kinds {
         let mut kinds = Self::default();
         let mut before = None;
         for (i, page) in pages.iter().enumerate() {
-            let alike = |before| first_granules(before) == first_granules(page) && before == page;
-            if before.is_some_and(alike) {
+            if before.is_some_and(|before| alike(before, page)) {
                 kinds.same |= 1 << i;
             } else if uniform(page).is_some() {
                 kinds.other |= 1 << i;
@@ -134,7 +133,7 @@ pub enum Effort {
     Least,
 }
 
-/// Codes batches, and has the room for it, 34 KiB, which need not be cleared for each. What [`Effort::Quick`] made of one batch
+/// Codes batches, and has the room for it, 57 KiB, which need not be cleared for each. What [`Effort::Quick`] made of one batch
 /// it tries first on the next.
 pub struct Encoder {
     spans: Spans,

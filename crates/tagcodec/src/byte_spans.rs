@@ -3,21 +3,21 @@
 //! A byte is a tag and one of 16 symbols. What 14 of them mean is said for each group; the other two are spans whose lengths follow
 //! behind the bytes of all spans. So all that a decoder has to wait for is where the span before ends.
 //!
-//! A [`Cutter`] takes some pages at a time through steps that are loops over arrays, with few branches: what is to be known of each
-//! granule and whether a span begins there, then a list of these places, then the bytes of the spans between them. In all of them but
-//! the list the compiler finds vectors.
+//! A [`Cutter`] takes some pages at a time through steps that are loops over arrays: which 64 granules have more than one tag, where
+//! spans begin in these and what there is to know of their granules, a list of these places, the bytes of the spans between them, the
+//! lengths of long ones. None has a branch that depends on tags: programs mix large chunks with small ones, so that it would be taken
+//! for no reason that a CPU could foretell.
 
 use mte::TagPage;
 
 use crate::batch::{indices, take};
 use crate::error::Error;
+use crate::look::{WORD, WORD_GRANULES, Window};
 use crate::span::{GRANULES, PACKED};
 use crate::unpacked::unpacked_pages;
 
 /// Pages of a group.
 const GROUP: usize = 64;
-/// Pages cut at a time. What is known of them stays in the first-level cache.
-const RUN: usize = 8;
 /// Pages with more spans hardly become smaller.
 const MOST_SPANS: usize = 120;
 /// Spans whose symbols are found at a time.
@@ -101,7 +101,7 @@ impl Counts {
         self.all += 1;
         let length = usize::from(length);
         if length <= LONGEST {
-            self.shapes[length - 1 + usize::from(end_key & 1) * LONGEST] += 1;
+            self.shapes[length - 1 + usize::from(end_key & 0xf == 0) * LONGEST] += 1;
         }
     }
 
@@ -115,13 +115,16 @@ impl Counts {
     }
 }
 
+/// Pages cut at a time. What is known of them stays in the first-level cache.
+const RUN: usize = 16;
 /// Behind which byte of [`Cutter::packed`] pages begin: there is one granule to see before them.
 const BEFORE: usize = 16;
-
 /// Places for keys: a power of two, so that an index needs no check.
 const KEYS: usize = 2 * RUN * GRANULES;
-/// Places for cuts: those of a page that has too many are listed before it is known.
-const CUTS: usize = RUN * MOST_SPANS + GRANULES + 2 * AT_ONCE;
+/// Places for cuts: those of pages that have too many are listed before it is known.
+const CUTS: usize = RUN * GRANULES + 2 * AT_ONCE;
+/// Of a page, as many as are looked at at a time.
+const WORDS: usize = PACKED / WORD;
 
 /// Cuts pages into spans and has the bytes of a group's.
 pub(crate) struct Cutter {
@@ -129,9 +132,11 @@ pub(crate) struct Cutter {
     symbols: Symbols,
     /// Pages, and a granule before and behind them.
     packed: [u8; BEFORE + RUN * PACKED + 1],
-    /// Bit *i* of byte *n*: a span begins at granule 8 *n* + *i*.
-    begins: [u8; RUN * GRANULES / 8],
-    /// Of each granule the tag in bits 7:4, and whether the one before has tag 0 in bit 0.
+    /// Which 64 granules of these have more than one tag.
+    differing: [u8; RUN * WORDS],
+    /// Of each of those, bit *i* of byte *n*: a span begins at granule 8 *n* + *i*.
+    begins: [[u8; 8]; RUN * WORDS],
+    /// The keys of their granules, and of the one behind all pages.
     keys: [u8; KEYS],
     /// Where spans begin, and behind them where the last one ends.
     cuts: [u16; CUTS],
@@ -139,10 +144,12 @@ pub(crate) struct Cutter {
     cut_spans: usize,
     /// The keys of these granules.
     cut_keys: [u8; CUTS],
+    /// Which of these spans are long.
+    cut_long: [u16; CUTS],
     bytes: [u8; GROUP_SPANS + AT_ONCE],
     spans: usize,
     /// Of long spans, in the order of these.
-    long_lengths: [u8; GROUP_SPANS + GROUP * GRANULES / GOES_ON as usize],
+    long_lengths: [u8; GROUP_SPANS + GROUP * GRANULES / GOES_ON as usize + USUAL_BYTES],
     long_bytes: usize,
 }
 
@@ -152,11 +159,13 @@ impl Cutter {
             meanings: Meanings::FIRST,
             symbols: Symbols::of(Meanings::FIRST),
             packed: [0; _],
-            begins: [0; _],
+            differing: [0; _],
+            begins: [[0; _]; _],
             keys: [0; _],
             cuts: [0; _],
             cut_spans: 0,
             cut_keys: [0; _],
+            cut_long: [0; _],
             bytes: [0; _],
             spans: 0,
             long_lengths: [0; _],
@@ -195,14 +204,15 @@ impl Cutter {
         while which != 0 {
             let mut rest = which;
             let count = self.load(pages, &mut rest, at_once);
-            self.look(count);
-            let listed = self.list(count);
-            (0..listed).for_each(|_| which &= which - 1);
-            self.put();
-            at_once = (2 * at_once).min(RUN);
-            if listed < count {
-                left_out |= which & which.wrapping_neg();
-                which &= which - 1;
+            if self.cut(count) {
+                self.put();
+                which = rest;
+                at_once = (2 * at_once).min(RUN);
+            } else {
+                if count == 1 {
+                    left_out |= which & !rest;
+                    which = rest;
+                }
                 at_once = 1;
             }
         }
@@ -223,53 +233,44 @@ impl Cutter {
         }
         // Before the first granule is one like it, behind the last one is one of another tag.
         let end = BEFORE + count * PACKED;
-        self.packed[BEFORE - 1] = self.packed[BEFORE] << 4;
-        self.packed[end] = !self.packed[end - 1] >> 4;
-        self.keys[count * GRANULES] = u8::from(self.packed[end - 1] >> 4 == 0);
+        let (first, last) = (self.packed[BEFORE] & 0xf, self.packed[end - 1] >> 4);
+        self.packed[BEFORE - 1] = first << 4 | first;
+        self.packed[end] = !last;
+        self.keys[0] = first << 4;
+        self.keys[count * GRANULES] = last;
         count
     }
 
-    /// Finds keys and where spans begin.
-    fn look(&mut self, count: usize) {
-        let before = self.packed[BEFORE - 1..].as_chunks::<PACKED>().0;
-        let these = self.packed[BEFORE..].as_chunks::<PACKED>().0;
-        let after = self.packed[BEFORE + 1..].as_chunks::<PACKED>().0;
-        let keys = self.keys.as_chunks_mut::<GRANULES>().0;
-        let begins = self.begins.as_chunks_mut().0;
-        for page in 0..count {
-            let (before, these, after) = (&before[page], &these[page], &after[page]);
-            for (i, pair) in keys[page].as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                *pair = [
-                    these[i] << 4 | u8::from(before[i] & 0xf0 == 0),
-                    these[i] & 0xf0 | u8::from(these[i] & 0xf == 0),
-                ];
-            }
-            let pairs = core::array::from_fn(|i| begins_of_pair(before[i], these[i], after[i]));
-            begins[page] = gather(&pairs);
+    /// Lists where spans begin. Answers whether no page has too many of them. Of more than one page that is no already if many begin
+    /// in 64 granules.
+    fn cut(&mut self, pages: usize) -> bool {
+        let mut differing = 0;
+        for word in 0..pages * WORDS {
+            self.differing[differing % (RUN * WORDS)] = word as u8;
+            differing += usize::from(window(&self.packed, word).differs());
         }
-    }
-
-    /// Lists where spans begin. Returns the number of pages before the first one that has too many.
-    fn list(&mut self, pages: usize) -> usize {
+        let differing = &self.differing[..differing];
+        let keys = self.keys.as_chunks_mut::<WORD_GRANULES>().0;
+        for (word, begins) in differing.iter().zip(&mut self.begins) {
+            let word = usize::from(*word) % (RUN * WORDS);
+            *begins = window(&self.packed, word)
+                .look(&mut keys[word])
+                .to_le_bytes();
+        }
         let mut count = 1;
-        let mut listed = 0;
-        for begins in &self.begins.as_chunks::<{ GRANULES / 8 }>().0[..pages] {
-            let count_before = count;
-            for (nth, begins) in begins.as_chunks().0.iter().enumerate() {
-                if u64::from_le_bytes(*begins) != 0 {
-                    let first = listed * GRANULES + 64 * nth;
-                    count = list_64(&mut self.cuts, count, first as u16, *begins);
-                }
-            }
-            if count - count_before > MOST_SPANS {
-                count = count_before;
-                break;
-            }
-            listed += 1;
+        let mut most = 0;
+        for (word, begins) in differing.iter().zip(&self.begins) {
+            let eight = WORD_GRANULES / 8 * usize::from(*word);
+            let behind = list(&mut self.cuts, count, eight, begins);
+            most = most.max(behind - count);
+            count = behind;
         }
-        self.cuts[count] = (listed * GRANULES) as u16;
-        self.cut_spans = if listed == 0 { 0 } else { count };
-        listed
+        self.cuts[count] = (pages * GRANULES) as u16;
+        self.cut_spans = count;
+        match pages {
+            1 => count <= MOST_SPANS,
+            _ => most <= MOST_SPANS / WORDS,
+        }
     }
 
     /// Adds the bytes of the spans listed.
@@ -287,24 +288,37 @@ impl Cutter {
         let begins = self.cuts.as_chunks().0;
         let ends = self.cuts[1..].as_chunks().0;
         let bytes = self.bytes[self.spans..].as_chunks_mut::<AT_ONCE>().0;
+        let mut with_long = [0; CUTS / AT_ONCE];
+        let mut blocks = 0;
         for (nth, bytes) in bytes[..count.div_ceil(AT_ONCE)].iter_mut().enumerate() {
             let lengths = lengths(&begins[nth], &ends[nth]);
             let symbols = self.symbols.get(&lengths, &end_keys[nth]);
             *bytes = core::array::from_fn(|i| begin_keys[nth][i] & 0xf0 | symbols[i]);
+            with_long[blocks % (CUTS / AT_ONCE)] = nth as u8;
+            let any_long = symbols.map(|symbol| mask(symbol >= LONG)) != [0; _];
+            blocks += usize::from(any_long);
         }
-        let words = self.bytes[self.spans..].as_chunks().0;
-        for (nth, word) in words[..count.div_ceil(8)].iter().enumerate() {
-            for span in long_spans(u64::from_le_bytes(*word)).map(|i| 8 * nth + i) {
-                // Behind the last span are bytes of no meaning.
-                if span < count {
-                    self.long_bytes += put_long_length(
-                        self.cuts[span + 1] - self.cuts[span],
-                        &mut self.long_lengths[self.long_bytes..],
-                    );
-                }
+        self.put_long_lengths(&with_long[..blocks]);
+        self.spans += count;
+    }
+
+    /// Adds the lengths of long spans. They are among these, [`AT_ONCE`] at a time.
+    fn put_long_lengths(&mut self, blocks: &[u8]) {
+        let bytes = self.bytes[self.spans..].as_chunks::<AT_ONCE>().0;
+        let mut count = 0;
+        for block in blocks {
+            let block = usize::from(*block);
+            let long = long_spans(&bytes[block]);
+            count = list(&mut self.cut_long, count, AT_ONCE / 8 * block, &long);
+        }
+        for span in self.cut_long[..count].iter().map(|span| usize::from(*span)) {
+            // Behind the last span are bytes of no meaning.
+            if span < self.cut_spans {
+                let length = self.cuts[span + 1] - self.cuts[span];
+                let to = &mut self.long_lengths[self.long_bytes..];
+                self.long_bytes += put_long_length(length, to);
             }
         }
-        self.spans += count;
     }
 
     /// Looks at a sample of the pages. Answers whether other meanings would save much, and has these then.
@@ -317,8 +331,7 @@ impl Cutter {
         };
         for i in indices(which).step_by(step) {
             self.load(pages, &mut (1 << i), 1);
-            self.look(1);
-            self.list(1);
+            self.cut(1);
             for cuts in self.cuts[..=self.cut_spans].windows(2) {
                 counts.add(cuts[1] - cuts[0], self.keys[usize::from(cuts[1])]);
             }
@@ -334,61 +347,50 @@ impl Cutter {
     }
 }
 
-/// Lists the granules of 64, from `first` on, at which spans begin, behind the `count` that are listed. Returns how many there are then.
 #[inline(always)]
-fn list_64(cuts: &mut [u16; CUTS], mut count: usize, first: u16, begins: [u8; 8]) -> usize {
-    for (eight, begins) in (0..).zip(begins) {
-        let positions = &POSITIONS[usize::from(begins)];
-        let positions: [u16; 8] = core::array::from_fn(|i| positions[i] + first + 8 * eight);
-        cuts[count..count + 8].copy_from_slice(&positions);
-        count += usize::from(ONES[usize::from(begins)]);
+fn window(packed: &[u8; BEFORE + RUN * PACKED + 1], word: usize) -> Window<'_> {
+    let window = packed[BEFORE - 1 + WORD * word..].first_chunk();
+    Window(window.expect("there is a byte behind the last page"))
+}
+
+/// Lists the positions of bits, the first one's being 8 `eight`, behind the `count` that are listed. Returns how many there are then.
+#[inline(always)]
+fn list<const PLACES: usize, const BYTES: usize>(
+    listed: &mut [u16; PLACES],
+    mut count: usize,
+    eight: usize,
+    bits: &[u8; BYTES],
+) -> usize {
+    let mut first = EIGHTS[eight % EIGHTS.len()];
+    for bits in bits {
+        let positions = &POSITIONS.0[usize::from(*bits)];
+        let positions: [u16; 8] = core::array::from_fn(|i| positions[i] + first[i]);
+        listed[count..count + 8].copy_from_slice(&positions);
+        count += usize::from(ONES[usize::from(*bits)]);
+        first = first.map(|first| first + 8);
     }
     count
 }
 
-/// Writes a length less one. Returns how many bytes that were.
-fn put_long_length(length: u16, out: &mut [u8]) -> usize {
-    let mut rest = length - 1;
-    let mut bytes = 0;
-    while rest >= u16::from(GOES_ON) {
-        out[bytes] = GOES_ON;
-        bytes += 1;
-        rest -= u16::from(GOES_ON);
-    }
-    out[bytes] = rest as u8;
-    bytes + 1
-}
+/// Bytes written for a long length whatever it is.
+const USUAL_BYTES: usize = 4;
 
-/// Whether spans begin at the two granules of a byte, in bits 0 and 1. Bytes that overlap it tell of the granules beside it.
+/// Writes a length less one. Returns how many bytes that were.
 #[inline(always)]
-fn begins_of_pair(before: u8, byte: u8, after: u8) -> u8 {
-    let low_as_before = mask((byte ^ before >> 4) & 0xf == 0);
-    let high_as_low = mask((byte ^ byte << 4) & 0xf0 == 0);
-    let after_as_high = mask((byte ^ after << 4) & 0xf0 == 0);
-    let low_is_gap = mask(byte & 0xf == 0) & !high_as_low;
-    let high_is_gap = mask(byte & 0xf0 == 0) & !after_as_high;
-    (!(low_as_before | low_is_gap) & 1) | (!(high_as_low | high_is_gap) & 2)
+fn put_long_length(length: u16, out: &mut [u8]) -> usize {
+    let rest = length - 1;
+    let last = usize::from(rest / u16::from(GOES_ON));
+    out[..USUAL_BYTES].fill(GOES_ON);
+    if last > USUAL_BYTES {
+        out[USUAL_BYTES..last].fill(GOES_ON);
+    }
+    out[last] = (rest % u16::from(GOES_ON)) as u8;
+    last + 1
 }
 
 #[inline(always)]
 const fn mask(condition: bool) -> u8 {
     if condition { 0xff } else { 0 }
-}
-
-/// Two bits a byte, to eight.
-#[inline(always)]
-fn gather(pairs: &[u8; GRANULES / 2]) -> [u8; GRANULES / 8] {
-    let mut fours = [0; GRANULES / 4];
-    for (four, pairs) in fours.iter_mut().zip(pairs.as_chunks().0) {
-        let pairs = u16::from_le_bytes(*pairs);
-        *four = (pairs | pairs >> 6) as u8 & 0xf;
-    }
-    let mut eights = [0; GRANULES / 8];
-    for (eight, fours) in eights.iter_mut().zip(fours.as_chunks().0) {
-        let fours = u16::from_le_bytes(*fours);
-        *eight = (fours | fours >> 4) as u8;
-    }
-    eights
 }
 
 /// Lengths; those above 127 are all the same.
@@ -397,25 +399,51 @@ fn lengths(begins: &[u16; AT_ONCE], ends: &[u16; AT_ONCE]) -> [u8; AT_ONCE] {
     core::array::from_fn(|i| ends[i].wrapping_sub(begins[i]).min(127) as u8)
 }
 
-/// The symbols of shapes, as many times as they are compared at once.
+/// Symbols in a row whose shapes are in a row too, each number as many times as shapes are compared at once.
+#[repr(align(16))]
+struct Row {
+    /// Makes the first shape 0.
+    less_first: [u8; AT_ONCE],
+    /// The last one is then this.
+    last: [u8; AT_ONCE],
+    /// The symbol of the first one.
+    symbol: [u8; AT_ONCE],
+    /// The symbol of long spans that are like these.
+    long: [u8; AT_ONCE],
+}
+
+/// The symbols of shapes.
 struct Symbols {
-    shapes: [[u8; AT_ONCE]; MEANINGS],
-    /// What makes them of the symbol of a long span.
-    changes: [[u8; AT_ONCE]; MEANINGS],
+    rows: [Row; MEANINGS],
+    count: usize,
 }
 
 impl Symbols {
     const fn of(meanings: Meanings) -> Self {
+        const NONE: Row = Row {
+            less_first: [0; _],
+            last: [0; _],
+            symbol: [0; _],
+            long: [0; _],
+        };
         let shapes = meanings.shapes();
         let mut symbols = Self {
-            shapes: [[0; _]; _],
-            changes: [[0; _]; _],
+            rows: [NONE; _],
+            count: 0,
         };
         let mut symbol = 0;
         while symbol < MEANINGS {
-            let long = LONG | shapes[symbol] >> 7;
-            symbols.shapes[symbol] = [shapes[symbol]; _];
-            symbols.changes[symbol] = [symbol as u8 ^ long; _];
+            let first = symbol;
+            while symbol + 1 < MEANINGS && shapes[symbol + 1] == shapes[symbol] + 1 {
+                symbol += 1;
+            }
+            symbols.rows[symbols.count] = Row {
+                less_first: [shapes[first].wrapping_neg(); _],
+                last: [(symbol - first) as u8; _],
+                symbol: [first as u8; _],
+                long: [LONG | shapes[first] >> 7; _],
+            };
+            symbols.count += 1;
             symbol += 1;
         }
         symbols
@@ -423,29 +451,52 @@ impl Symbols {
 
     #[inline(always)]
     fn get(&self, lengths: &[u8; AT_ONCE], end_keys: &[u8; AT_ONCE]) -> [u8; AT_ONCE] {
-        let of_spans: [u8; AT_ONCE] = core::array::from_fn(|i| lengths[i] | end_keys[i] << 7);
-        let mut symbols = end_keys.map(|key| LONG | key & 1);
-        for (shape, change) in self.shapes.iter().zip(&self.changes) {
-            for (i, symbol) in symbols.iter_mut().enumerate() {
-                *symbol ^= mask(of_spans[i] == shape[i]) & change[i];
-            }
+        let gaps = end_keys.map(|key| mask(key & 0xf == 0));
+        let shapes: [u8; AT_ONCE] = core::array::from_fn(|i| lengths[i] | gaps[i] & GAP);
+        let mut symbols = gaps.map(|gap| LONG | gap & 1);
+        for row in &self.rows[..self.count] {
+            let nth: [u8; AT_ONCE] =
+                core::array::from_fn(|i| shapes[i].wrapping_add(row.less_first[i]));
+            let these: [u8; AT_ONCE] = core::array::from_fn(|i| {
+                mask(nth[i] <= row.last[i]) & (nth[i].wrapping_add(row.symbol[i]) ^ row.long[i])
+            });
+            symbols = core::array::from_fn(|i| symbols[i] ^ these[i]);
         }
         symbols
     }
 }
 
-/// Which of eight spans are long.
+/// Which spans are long.
 #[inline(always)]
-fn long_spans(bytes: u64) -> impl Iterator<Item = usize> {
+fn long_spans(bytes: &[u8; AT_ONCE]) -> [u8; AT_ONCE / 8] {
     const EACH: u64 = 0x0101_0101_0101_0101;
     const LONGS: u64 = LONG as u64 * EACH;
-    // Bits 3:1 of a long one are all set.
-    let carries = ((bytes & LONGS) + 2 * EACH) & (16 * EACH);
-    indices(carries).map(|bit| bit / 8)
+    /// Brings bits 0 of the bytes to the highest one.
+    const SIDE_BY_SIDE: u64 = 0x0102_0408_1020_4080;
+    let words = bytes.as_chunks().0;
+    core::array::from_fn(|nth| {
+        // Bits 3:1 of a long one are all set.
+        let carries = (u64::from_le_bytes(words[nth]) & LONGS) + 2 * EACH;
+        ((carries >> 4 & EACH).wrapping_mul(SIDE_BY_SIDE) >> 56) as u8
+    })
 }
 
+/// The numbers divisible by eight, eight times each. If they were made of one, that would be done anew for each byte.
+static EIGHTS: [[u16; 8]; RUN * GRANULES / 8] = {
+    let mut table = [[0; 8]; _];
+    let mut eight = 0;
+    while eight < RUN * GRANULES / 8 {
+        table[eight] = [8 * eight as u16; 8];
+        eight += 1;
+    }
+    table
+};
+
+#[repr(align(16))]
+struct Positions([[u16; 8]; 256]);
+
 /// The positions of the bits set in a byte, the lowest first.
-static POSITIONS: [[u16; 8]; 256] = {
+static POSITIONS: Positions = {
     let mut table = [[0; 8]; 256];
     let mut bits = 0;
     while bits < 256 {
@@ -459,7 +510,7 @@ static POSITIONS: [[u16; 8]; 256] = {
         }
         bits += 1;
     }
-    table
+    Positions(table)
 };
 
 /// How many these are.

@@ -1,12 +1,13 @@
 #![doc = include_str!("../README.md")]
 #![no_std]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod batch;
 mod bits;
 mod byte_spans;
 mod code;
 mod error;
+mod look;
 mod page;
 mod span;
 mod unpacked;

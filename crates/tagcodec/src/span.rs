@@ -20,21 +20,37 @@ pub(crate) struct Spans {
     tags: [u8; GRANULES],
 }
 
-/// The tag of a page that has only one. Most others are told by their first granules.
+/// The tag of a page that has only one.
 #[inline(always)]
 pub(crate) fn uniform(page: &TagPage) -> Option<Tag> {
     let first = first_granules(page);
-    if first == first.rotate_left(4) {
-        page.uniform()
-    } else {
-        None
-    }
+    let differ = (first ^ first.rotate_left(4)) | (first ^ last_granules(page));
+    let words = page.as_packed().as_chunks().0.iter();
+    let differs = |word: &[u8; 8]| u64::from_le_bytes(*word) ^ first;
+    let uniform = differ == 0 && words.fold(0, |differ, word| differ | differs(word)) == 0;
+    uniform.then(|| page.get(0))
+}
+
+/// Whether two pages have the same tags. That most have not is seen in their first granules or their last ones: a branch that can be
+/// foretold.
+#[inline(always)]
+pub(crate) fn alike(a: &TagPage, b: &TagPage) -> bool {
+    let differ = (first_granules(a) ^ first_granules(b)) | (last_granules(a) ^ last_granules(b));
+    let bytes = a.as_packed().iter().zip(b.as_packed());
+    differ == 0 && bytes.fold(0, |differ, (a, b)| differ | (a ^ b)) == 0
 }
 
 /// The tags of the first 16 granules.
 #[inline(always)]
-pub(crate) fn first_granules(page: &TagPage) -> u64 {
+fn first_granules(page: &TagPage) -> u64 {
     u64::from_le_bytes(page.as_packed().as_chunks().0[0])
+}
+
+/// The tags of the last 16 granules.
+#[inline(always)]
+fn last_granules(page: &TagPage) -> u64 {
+    let words = page.as_packed().as_chunks().0;
+    u64::from_le_bytes(words[words.len() - 1])
 }
 
 /// A span: 1 to 256 granules.
