@@ -53,7 +53,10 @@ impl KvmGic {
 
     /// Its state, while no vCPU runs.
     pub fn state(&self) -> Result<GicState> {
-        let read = |register| Ok((register, self.read(register)?));
+        let read = |register| match is_absent(register) {
+            true => Ok((register, 0)),
+            false => Ok((register, self.read(register)?)),
+        };
         Ok(GicState {
             registers: self
                 .registers()?
@@ -69,10 +72,14 @@ impl KvmGic {
         if !names.eq(self.registers()?) {
             return Err(Error::ForeignGic);
         }
-        state
-            .registers
-            .iter()
-            .try_for_each(|(register, value)| self.write(*register, *value))
+        for (register, value) in &state.registers {
+            match is_absent(*register) {
+                true if *value != 0 => return Err(Error::ForeignGic),
+                true => {}
+                false => self.write(*register, *value)?,
+            }
+        }
+        Ok(())
     }
 
     /// The affinities of its vCPUs: KVM counts 16 of them by Aff0, then 256 times that by Aff1, and so on.
@@ -103,7 +110,6 @@ impl KvmGic {
         const ACTIVE: u32 = 0x300;
         const PRIORITY: u32 = 0x400;
         const CONFIGURATION: u32 = 0xc00;
-        const ROUTE: u32 = 0x6000;
         // Of a redistributor: the frame of its vCPU's own interrupts, laid out as the distributor's.
         const OWN: u32 = 0x1_0000;
         let private = self.affinities().flat_map(|affinity| {
@@ -170,6 +176,15 @@ impl KvmGic {
             addr: std::ptr::from_ref(value) as u64,
         })
     }
+}
+
+/// `GICD_IROUTER`, 64 bits an interrupt.
+const ROUTE: u32 = 0x6000;
+
+/// Whether it is the upper half of a route, which is as good as none: a GIC of KVM knows no Aff3 (`GICD_TYPER.A3V` is 0), reads it
+/// as zero and ignores what is written to it. It is a third of all registers.
+fn is_absent(register: GicRegister) -> bool {
+    matches!(register, GicRegister::Distributor(offset) if offset >= ROUTE && offset % 8 == 4)
 }
 
 /// GICR_CTLR, STATUSR, WAKER, PROPBASER, PENDBASER (each half); of the frame of SGIs and PPIs IGROUPR0, ICFGR0 and 1,
