@@ -155,7 +155,9 @@ const EVENTS: usize = 16;
 /// A running device thread, named after its device. Dropping it stops the thread.
 pub struct Worker<H> {
     stop: EventFd,
-    thread: Option<JoinHandle<H>>,
+    /// Where the handler comes back, once the thread has nothing more to do with it.
+    back: mpsc::Receiver<H>,
+    thread: Option<JoinHandle<()>>,
 }
 
 /// A thread that could not be started, with the handler it would have run.
@@ -181,19 +183,17 @@ impl<H: Handler> Worker<H> {
         // The handler is given to the thread once it exists, so that no failure can lose it.
         let (give, take) = mpsc::sync_channel(1);
         match spawn(name, take, kicks, interrupt) {
-            Ok((thread, stop)) => {
+            Ok(worker) => {
                 give.send(handler)
                     .expect("the new thread waits for its handler");
-                Ok(Worker {
-                    stop,
-                    thread: Some(thread),
-                })
+                Ok(worker)
             }
             Err(error) => Err(NotStarted { error, handler }),
         }
     }
 
-    /// Stops the thread, after the event it is at, and gives the handler back.
+    /// Stops the thread, after the event it is at, and gives the handler back. Nobody waits for the host to clear the thread
+    /// away: a guest may stand still meanwhile.
     ///
     /// # Panics
     /// When the thread panicked.
@@ -203,9 +203,10 @@ impl<H: Handler> Worker<H> {
             .take()
             .expect("only stop and drop take the thread");
         self.order_stop();
-        thread
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        self.back.recv().unwrap_or_else(|_| {
+            let panic = thread.join().expect_err("it gives its handler back");
+            std::panic::resume_unwind(panic)
+        })
     }
 }
 
@@ -232,7 +233,7 @@ fn spawn<H: Handler>(
     take: mpsc::Receiver<H>,
     kicks: Vec<EventFd>,
     interrupt: Arc<dyn Interrupt>,
-) -> io::Result<(JoinHandle<H>, EventFd)> {
+) -> io::Result<Worker<H>> {
     let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
     let poll = Poll {
         epoll: Epoll::new()?,
@@ -255,14 +256,21 @@ fn spawn<H: Handler>(
         kicks,
         interrupt,
     };
+    let (give_back, back) = mpsc::sync_channel(1);
     let thread = thread::Builder::new()
         .name(format!("tv-{name}"))
         .spawn(move || {
             let mut handler = take.recv().expect("a started worker is given its handler");
             rounds.serve(&mut handler);
-            handler
+            // Its descriptors are closed by then.
+            drop(rounds);
+            let _ = give_back.send(handler);
         })?;
-    Ok((thread, stop))
+    Ok(Worker {
+        stop,
+        back,
+        thread: Some(thread),
+    })
 }
 
 /// What a device thread waits on.
@@ -399,6 +407,7 @@ pub fn serve<'m>(
 
 #[cfg(test)]
 mod tests {
+    use std::panic::AssertUnwindSafe;
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     use vm_memory::{Bytes, GuestAddress};
@@ -568,6 +577,17 @@ mod tests {
         bench.worker.stop();
 
         assert_eq!(count(&bench.counts, 0), 1, "it is not called again");
+    }
+
+    #[test]
+    fn a_panic_of_the_handler_is_one_of_whoever_stops_it() {
+        let bench = bench(|| panic!("on purpose"));
+        wait_until("the start", || count(&bench.counts, 0) == 1);
+
+        let stopped = std::panic::catch_unwind(AssertUnwindSafe(|| bench.worker.stop()));
+
+        let panic = stopped.err().unwrap();
+        assert_eq!(panic.downcast_ref(), Some(&"on purpose"));
     }
 
     #[test]

@@ -733,6 +733,43 @@ fn a_paused_device_keeps_its_requests_and_does_them_when_it_goes_on() {
 }
 
 #[test]
+fn a_device_whose_driver_starts_it_while_it_is_paused_begins_when_it_goes_on() {
+    let board = Board::open();
+    let mut queues = board.queues();
+    board.transport.pause();
+    bring_up(&board.transport, VERSION_1, &queues);
+    queues[0].add(&[(BUFFERS, 8, 0)]);
+    notify(&board.transport, 0);
+
+    let ran_while_paused = board.transport.registers().running;
+    board.transport.resume().unwrap();
+
+    assert!(!ran_while_paused);
+    wait_until("the chain is used", || queues[0].used_index() == 1);
+}
+
+#[test]
+fn a_device_goes_on_without_a_queue_that_was_taken_back_while_it_was_paused() {
+    let board = Board::open();
+    let mut queues = board.queues();
+    bring_up(&board.transport, VERSION_1, &queues);
+    board.transport.pause();
+
+    board.write(reg::VIRTIO_MMIO_QUEUE_SEL, 0);
+    board.write(reg::VIRTIO_MMIO_QUEUE_READY, 0);
+    for (index, queue) in queues.iter_mut().enumerate() {
+        queue.add(&[(BUFFERS, 8, 0)]);
+        notify(&board.transport, index);
+    }
+    board.transport.resume().unwrap();
+
+    wait_until("the other queue's chain is used", || {
+        queues[1].used_index() == 1
+    });
+    assert_eq!(queues[0].used_index(), 0);
+}
+
+#[test]
 fn a_restored_device_goes_on_with_the_requests_in_flight() {
     let source = Board::open();
     let mut queues = source.queues();
