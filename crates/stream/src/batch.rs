@@ -59,6 +59,20 @@ impl Batch {
         }
     }
 
+    /// An empty batch whose first pages, so many, find their memory already there.
+    #[must_use]
+    pub fn with_room(metadata: Metadata, pages: usize) -> Self {
+        let mut batch = Self::new(metadata);
+        // What is only allocated is not there before it is written.
+        batch.data.resize(pages, ZERO_PAGE);
+        batch.numbers.reserve(pages);
+        if metadata.has_tags() {
+            batch.tags.resize(pages, TagPage::ZERO);
+            batch.tags.clear();
+        }
+        batch
+    }
+
     /// What its pages have besides data.
     #[must_use]
     pub const fn metadata(&self) -> Metadata {

@@ -450,6 +450,21 @@ fn pages_of_a_batch_ascend_and_are_no_more_than_a_chunk_may_have() {
 }
 
 #[test]
+fn a_batch_has_no_page_that_was_not_put_there_however_much_room_it_has() {
+    for pages in [0, 1, 2, 3, 512] {
+        let mut batch = Batch::with_room(Metadata::ArmMte, pages);
+        assert!(batch.is_empty() && batch.data().is_empty() && batch.tags().is_empty());
+
+        batch.push(3, &data(3), Some(&tags(3))).unwrap();
+        batch.push(4, &data(4), Some(&tags(4))).unwrap();
+
+        assert_eq!(batch.data(), [*data(3), *data(4)]);
+        assert_eq!(batch.tags(), [tags(3), tags(4)]);
+        assert_eq!(batch.runs().count(), 1);
+    }
+}
+
+#[test]
 fn a_full_disk_is_an_error_and_the_stream_cannot_be_finished() {
     let mut room = [0; 9000];
     let header = header(1, Metadata::ArmMte, None);

@@ -10,6 +10,7 @@ pub mod snapshot;
 use std::io;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use engine::{GicState, Hypervisor, SystemEvent, Vcpu, VcpuState, Vm, VmBuilder};
 use mte::{MteFeatures, MteLevel};
@@ -27,7 +28,7 @@ use crate::memory::pages::GuestPages;
 use crate::memory::tags::{TagStore, tag_store};
 use crate::memory::untagged::Untagged;
 use crate::terminal::Command;
-use crate::vcpu::{Throttler, VcpuEvent, VcpuThreads};
+use crate::vcpu::{Answers, Throttler, VcpuEvent, VcpuThreads};
 use crate::virtio::block::{DiskError, Image, ImageIdentity};
 use crate::virtio::mmio::{MmioTransport, TransportState};
 use crate::virtio::net::{Announcement, Announcer};
@@ -206,6 +207,9 @@ pub struct MachineState {
     /// What the guest takes for its generation.
     pub generation: GenerationId,
 }
+
+/// A guest that stands still, whose vCPUs tell their state.
+struct Standing(Answers<engine::Result<VcpuState>>);
 
 /// How a machine ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -492,7 +496,7 @@ where
     }
 
     /// A handle by which the guest gets less of the CPUs' time while it runs, at first all of it. Whatever else is done with
-    /// the machine is done as without it. [`Machine::save`] ends its effect: whoever resumes the guest then gives it all.
+    /// the machine is done as without it.
     ///
     /// # Errors
     /// The host cannot start a thread.
@@ -517,14 +521,20 @@ where
     /// # Errors
     /// A device cannot go on.
     pub fn resume(&mut self) -> Result<(), Error> {
+        self.go_on().map(drop)
+    }
+
+    /// The same. Returns when the vCPUs went.
+    fn go_on(&mut self) -> Result<Instant, Error> {
         // The vCPU that ended it must not be let go on behind its last instruction.
         if self.is_running() || self.has_ended() {
-            return Ok(());
+            return Ok(Instant::now());
         }
         self.open()
     }
 
-    fn open(&mut self) -> Result<(), Error> {
+    /// The vCPUs go first: what they ask of a device waits in its queues until it goes on. Returns when they went.
+    fn open(&mut self) -> Result<Instant, Error> {
         if self.running == Running::Awaiting {
             return Err(Error::Awaiting);
         }
@@ -532,14 +542,19 @@ where
             let path = disk.path().to_owned();
             return Err(DiskError::NotClaimed { path }.into());
         }
-        if self.running == Running::Paused {
-            self.virtio.iter().try_for_each(|device| device.resume())?;
-        }
-        self.running = Running::Yes;
         if let Some(vcpus) = &self.vcpus {
             vcpus.resume();
         }
-        Ok(())
+        let went = Instant::now();
+        if self.running == Running::Paused {
+            let resumed = self.virtio.iter().try_for_each(|device| device.resume());
+            if let (Err(_), Some(vcpus)) = (&resumed, &self.vcpus) {
+                vcpus.pause();
+            }
+            resumed?;
+        }
+        self.running = Running::Yes;
+        Ok(went)
     }
 
     /// Stops vCPUs and devices as [`Machine::pause`] does, and returns their state.
@@ -547,14 +562,20 @@ where
     /// # Errors
     /// [`Error::Awaiting`]; the host does not tell a state, or a vCPU's thread is gone; only then can the machine not go on.
     pub fn save(&mut self) -> Result<MachineState, Error> {
+        let standing = self.stand()?;
+        self.state(standing)
+    }
+
+    /// Stops vCPUs and devices, and asks the vCPUs for their state, which they tell while something else is done. Memory
+    /// is not written any more.
+    fn stand(&mut self) -> Result<Standing, Error> {
         if self.running == Running::Awaiting {
             return Err(Error::Awaiting);
         }
-        let vcpus = self.stop_vcpus()?;
+        let vcpus = self.vcpus.as_ref().ok_or(Error::VcpuPanicked)?;
+        let standing = vcpus.ask(|_, vcpu| VcpuState::of(vcpu));
         self.pause_devices();
-        let state = self.state(&vcpus);
-        self.vcpus = Some(start_threads(vcpus, &self.bus, &self.sender)?);
-        state
+        Ok(Standing(standing))
     }
 
     /// Gives a machine that awaits it the state of its guest, whole: the guest stands where it stood, until
@@ -706,10 +727,15 @@ where
     }
 
     /// The state of the machine, whose vCPUs and devices stand still.
-    fn state(&self, vcpus: &[VcpuOf<H>]) -> Result<MachineState, Error> {
+    fn state(&self, standing: Standing) -> Result<MachineState, Error> {
         let virtio: Result<_, _> = self.virtio.iter().map(|device| device.state()).collect();
+        let vcpus = standing.0.wait();
+        if vcpus.len() != self.vcpu_count() {
+            return Err(Error::VcpuPanicked);
+        }
         Ok(MachineState {
-            vcpus: vcpus.iter().map(VcpuState::of).collect::<Result<_, _>>()?,
+            vcpus: vcpus.into_iter().collect::<Result<_, _>>()?,
+            // Its registers can be read only while no vCPU's are.
             gic: self.vm.gic_state()?,
             virtio: virtio?,
             serial: self.serial.state(),

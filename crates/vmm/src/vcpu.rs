@@ -5,6 +5,9 @@
 //! gate whenever it comes back with [`Exit::Interrupted`]: at that moment nothing of an earlier
 //! exit is left unfinished, so a paused vCPU is whole.
 //!
+//! A vCPU that waits at the gate can be asked something ([`VcpuThreads::ask`]). Its own thread answers, so that all of them
+//! do at the same time and none has to end.
+//!
 //! A gate can be throttled besides: then vCPUs that the machine wants to run wait at it all the same, and are as whole there
 //! as paused ones. The two conditions know nothing of each other, so whatever the machine wants holds at every moment. The
 //! [`Throttler`] throttles the gate for a share of the time.
@@ -60,6 +63,8 @@ struct GateState {
     throttled: bool,
     /// How many vCPUs wait here, or will never run again.
     parked: usize,
+    /// How often the vCPUs were asked something.
+    asked: u64,
 }
 
 impl GateState {
@@ -80,6 +85,7 @@ impl Gate {
                 wanted: RunState::Paused,
                 throttled: false,
                 parked: 0,
+                asked: 0,
             }),
             changed: Condvar::new(),
             parked: Condvar::new(),
@@ -96,6 +102,15 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// Lets nobody back into the guest, and has whoever waits, or comes, answer. vCPUs that are in the guest must be
+    /// interrupted to notice.
+    fn ask(&self) {
+        let mut state = self.lock();
+        state.wanted = RunState::Paused;
+        state.asked += 1;
+        self.changed.notify_all();
+    }
+
     /// Lets nobody back into the guest, unless the threads are to end anyway.
     fn close(&self) {
         let mut state = self.lock();
@@ -104,16 +119,26 @@ impl Gate {
         }
     }
 
-    /// Waits until the guest may run (true) or the thread is to end (false).
-    fn pass(&self) -> bool {
+    /// Waits until the guest may run (true) or the thread is to end (false), and answers meanwhile what is asked.
+    fn pass(&self, answer: impl Fn()) -> bool {
         let mut state = self.lock();
         if state.holds() {
             state.parked += 1;
             self.parked.notify_all();
-            state = self
-                .changed
-                .wait_while(state, |state| state.holds())
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut answered = 0;
+            loop {
+                state = self
+                    .changed
+                    .wait_while(state, |state| answered == state.asked && state.holds())
+                    .unwrap_or_else(PoisonError::into_inner);
+                if answered == state.asked {
+                    break;
+                }
+                answered = state.asked;
+                drop(state);
+                answer();
+                state = self.lock();
+            }
             state.parked -= 1;
         }
         state.wanted == RunState::Running
@@ -146,11 +171,29 @@ impl Gate {
     }
 }
 
+/// What a vCPU's thread is asked to do with it.
+type Question<V> = Box<dyn FnOnce(&V) + Send>;
+
 /// The vCPU threads of a machine.
 pub struct VcpuThreads<V: Vcpu> {
     gate: Arc<Gate>,
     interrupters: Vec<V::Interrupter>,
     threads: Vec<JoinHandle<V>>,
+    /// One a thread.
+    questions: Vec<mpsc::Sender<Question<V>>>,
+}
+
+/// What the vCPUs of some threads say, each when it is ready.
+pub struct Answers<R>(Vec<mpsc::Receiver<R>>);
+
+impl<R> Answers<R> {
+    /// Waits for all answers, and returns them in the vCPUs' order, without those of vCPUs whose threads panicked.
+    pub fn wait(self) -> Vec<R> {
+        self.0
+            .into_iter()
+            .filter_map(|answer| answer.recv().ok())
+            .collect()
+    }
 }
 
 impl<V: Vcpu + 'static> VcpuThreads<V> {
@@ -180,13 +223,16 @@ impl<V: Vcpu + 'static> VcpuThreads<V> {
             gate: gate.clone(),
             interrupters: vcpus.iter().map(|(_, vcpu)| vcpu.interrupter()).collect(),
             threads: Vec::with_capacity(vcpus.len()),
+            questions: Vec::with_capacity(vcpus.len()),
         };
         for (index, vcpu) in vcpus {
             let (gate, bus, report) = (gate.clone(), bus.clone(), report.clone());
+            let (ask, asked) = mpsc::channel();
             let thread = thread::Builder::new()
                 .name(format!("tv-vcpu{index}"))
-                .spawn(move || run(index, vcpu, &gate, &bus, report))?;
+                .spawn(move || run(index, vcpu, &gate, &asked, &bus, report))?;
             started.threads.push(thread);
+            started.questions.push(ask);
         }
         Ok(started)
     }
@@ -217,6 +263,28 @@ impl<V: Vcpu + 'static> VcpuThreads<V> {
         self.gate.wait_parked(self.threads.len());
     }
 
+    /// Stops the vCPUs where they are, and returns when all of them wait, or answer: each is given, whole, to `answer`, with its
+    /// place among these threads, on its own thread. None goes on before it has answered.
+    pub fn ask<R: Send + 'static>(
+        &self,
+        answer: impl Fn(usize, &V) -> R + Clone + Send + 'static,
+    ) -> Answers<R> {
+        let mut answers = Vec::with_capacity(self.questions.len());
+        for (place, question) in self.questions.iter().enumerate() {
+            let (give, take) = mpsc::sync_channel(1);
+            let answer = answer.clone();
+            // A thread that is gone is told by the answer that does not come.
+            let _ = question.send(Box::new(move |vcpu: &V| {
+                let _ = give.send(answer(place, vcpu));
+            }));
+            answers.push(take);
+        }
+        self.gate.ask();
+        self.interrupt();
+        self.gate.wait_parked(self.threads.len());
+        Answers(answers)
+    }
+
     /// A handle by which the vCPUs get less time, at first all of it.
     ///
     /// # Errors
@@ -242,6 +310,10 @@ impl<V: Vcpu + 'static> VcpuThreads<V> {
 impl<V: Vcpu> VcpuThreads<V> {
     fn request(&self, wanted: RunState) {
         self.gate.set(wanted);
+        self.interrupt();
+    }
+
+    fn interrupt(&self) {
         for interrupter in &self.interrupters {
             interrupter.interrupt();
         }
@@ -337,6 +409,7 @@ fn run<V: Vcpu>(
     index: usize,
     mut vcpu: V,
     gate: &Gate,
+    questions: &mpsc::Receiver<Question<V>>,
     bus: &Bus,
     report: impl Fn(VcpuEvent),
 ) -> V {
@@ -344,7 +417,7 @@ fn run<V: Vcpu>(
         gate,
         report: &report,
     };
-    while gate.pass() {
+    while gate.pass(|| questions.try_iter().for_each(|question| question(&vcpu))) {
         if let Some(event) = run_until_interrupted(index, &mut vcpu, bus) {
             gate.close();
             report(event);
@@ -669,6 +742,94 @@ mod tests {
         throttler.set(50);
 
         assert_eq!(vcpus.len(), 1);
+    }
+
+    /// Three vCPUs.
+    fn three() -> (VcpuThreads<Counter>, [Arc<AtomicU64>; 3]) {
+        let (vcpus, runs): (Vec<_>, Vec<_>) = (0..3).map(|_| Counter::new(u64::MAX)).unzip();
+        let threads = VcpuThreads::start(vcpus, &Arc::default(), |_| {}).unwrap();
+        (threads, runs.try_into().unwrap())
+    }
+
+    #[test]
+    fn each_vcpu_that_is_asked_answers_for_itself_and_on_its_own_thread() {
+        let (threads, runs) = three();
+        threads.resume();
+        runs.iter().for_each(|runs| wait_for_more_runs(runs));
+
+        let answers = threads.ask(|place, vcpu| {
+            let thread = thread::current().name().map(str::to_owned);
+            (place, thread.unwrap(), vcpu.runs.load(Ordering::SeqCst))
+        });
+
+        let names = ["tv-vcpu0", "tv-vcpu1", "tv-vcpu2"];
+        let expected = (0..3).map(|i| (i, names[i].into(), runs[i].load(Ordering::SeqCst)));
+        assert_eq!(answers.wait(), expected.collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn vcpus_that_were_asked_do_not_run_until_they_are_resumed() {
+        let (threads, runs, _events) = started(u64::MAX);
+        threads.resume();
+        wait_for_more_runs(&runs);
+
+        for _ in 0..20 {
+            let answers = threads.ask(|_, _| thread::sleep(Duration::from_millis(1)));
+            let outside = runs_within(&runs, Duration::from_micros(500));
+            let answered = answers.wait().len();
+            assert_eq!((outside, answered), (0, 1));
+            assert_eq!(runs_within(&runs, Duration::from_micros(500)), 0);
+            threads.resume();
+            wait_for_more_runs(&runs);
+        }
+    }
+
+    #[test]
+    fn a_vcpu_that_is_resumed_at_once_answers_before_it_runs() {
+        let (threads, runs, _events) = started(u64::MAX);
+        threads.resume();
+
+        for _ in 0..100 {
+            wait_for_more_runs(&runs);
+            let seen = runs.clone();
+            let answers = threads.ask(move |_, _| {
+                let before = seen.load(Ordering::SeqCst);
+                thread::yield_now();
+                seen.load(Ordering::SeqCst) - before
+            });
+            threads.resume();
+            assert_eq!(answers.wait(), [0]);
+        }
+    }
+
+    #[test]
+    fn vcpus_that_are_paused_or_throttled_or_never_ran_answer() {
+        let (threads, runs, _events) = started(u64::MAX);
+        assert_eq!(threads.ask(|_, _| 'n').wait(), ['n']);
+
+        threads.resume();
+        wait_for_more_runs(&runs);
+        threads.pause();
+        assert_eq!(threads.ask(|_, _| 'p').wait(), ['p']);
+
+        threads.resume();
+        throttle_now(&threads);
+        assert_eq!(threads.ask(|_, _| 't').wait(), ['t']);
+        threads.gate.throttle(false);
+        assert_eq!(runs_within(&runs, A_WHILE), 0);
+    }
+
+    #[test]
+    fn a_vcpu_whose_thread_is_gone_does_not_answer() {
+        let mut bus = Bus::default();
+        bus.add(0, 8, Arc::new(Defective));
+        let (threads, _runs, events) = started_on(&Arc::new(bus), u64::MAX);
+        threads.resume();
+        events.recv_timeout(Duration::from_secs(10)).unwrap();
+
+        let answers = threads.ask(|_, _| ());
+
+        assert!(answers.wait().is_empty());
     }
 
     #[test]

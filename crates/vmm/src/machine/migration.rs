@@ -232,6 +232,9 @@ where
 
     fn stop(&mut self) -> Result<Vec<SavedState>, MachineError> {
         let state = self.machine.save()?;
+        if let Some(throttler) = &self.throttler {
+            throttler.set(0);
+        }
         if self.machine.has_ended() {
             return Err(Error::Ended.into());
         }

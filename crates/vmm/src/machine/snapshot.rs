@@ -11,9 +11,10 @@
 //! restore is refused when a file of theirs was written since.
 //!
 //! A guest that runs goes on while its memory is written: first all of it, then, by the dirty log, what
-//! changed meanwhile, until that is little; then it stands still for as long as its state is read and the last
-//! pages are copied aside, which are written when it runs again. Of a page that was written several times the last
-//! counts, so what is in the file is memory as it was at that moment.
+//! changed meanwhile, until that is little or does not become less; then it stands still for as long as its
+//! vCPUs tell their state and, at the same time, the last pages are copied aside, which are written when it runs
+//! again. Of a page that was written several times the last counts, so what is in the file is memory as it was at that
+//! moment.
 //!
 //! The file comes into being under another name, is synced, and takes its own name last.
 
@@ -56,8 +57,8 @@ pub(super) const PLATFORM: &str = "platform";
 pub(super) const MACHINE: &str = "machine";
 const DISKS: &str = "disks";
 
-/// So few pages that it pays to stop the guest for them, rather than to go through them while it runs: 8 MiB.
-const FEW: u64 = 2048;
+/// So few pages that it pays to stop the guest for them, rather than to go through them while it runs.
+const FEW: u64 = 16;
 /// How many pages are copied aside for the time that the guest stands still, at most: 64 MiB.
 const HELD: u64 = 16384;
 /// How often memory is gone through while the guest runs, at most.
@@ -593,25 +594,28 @@ where
             dirty = writing.changes(log)?;
         }
 
+        let room = writing.room(dirty.len());
         let stopped = Instant::now();
-        let state = self.save()?;
+        let standing = self.stand()?;
         if self.has_ended() {
             return Err(Error::Ended);
         }
         if let Some(log) = &log {
             dirty.add(&log.take().map_err(super::Error::from)?);
         }
-        let held = writing.last_changes(&dirty)?;
+        let held = writing.last_changes(&dirty, room)?;
+        let state = self.state(standing)?;
         // With nothing on its way to them.
         let disks = Disks::of(&options.config.disk).map_err(|(path, source)| Error::File {
             path,
             action: "look at the disk",
             source,
         })?;
-        if log.is_some() {
-            self.resume()?;
-        }
-        let blackout = stopped.elapsed();
+        let resumed = match log {
+            Some(_) => self.go_on()?,
+            None => Instant::now(),
+        };
+        let blackout = resumed - stopped;
         // Not before: the host takes milliseconds for it.
         drop(log);
 
@@ -712,9 +716,19 @@ impl<'a> Writing<'a> {
         Ok(dirty)
     }
 
+    /// Memory for so many pages and some more, which the host would otherwise have to find while the guest stands still.
+    fn room(&self, pages: u64) -> Vec<Batch> {
+        if pages > HELD {
+            return Vec::new();
+        }
+        let chunk_pages = self.sending.chunk_pages;
+        let batch = |_| Batch::with_room(self.pages.metadata(), chunk_pages);
+        (0..=pages / chunk_pages.max(1) as u64).map(batch).collect()
+    }
+
     /// Takes the last pages, of a guest that stands still: copies them aside, to be written when it runs again. Too many
     /// for that are written at once.
-    fn last_changes(&mut self, dirty: &PageSet) -> Result<Vec<Batch>, Error> {
+    fn last_changes(&mut self, dirty: &PageSet, room: Vec<Batch>) -> Result<Vec<Batch>, Error> {
         if dirty.len() > HELD {
             self.dirty(dirty)?;
             return Ok(Vec::new());
@@ -722,7 +736,7 @@ impl<'a> Writing<'a> {
         self.rounds += u32::from(!dirty.is_empty());
         let last = Only::new(&self.pages, dirty);
         self.expect(&last)?;
-        hold(&last, self.sending.chunk_pages).map_err(stream_error(self.path))
+        hold(&last, self.sending.chunk_pages, room).map_err(stream_error(self.path))
     }
 
     fn dirty(&mut self, dirty: &PageSet) -> Result<(), Error> {
@@ -783,8 +797,13 @@ fn stream_error(path: &Path) -> impl Fn(stream::Error) -> Error {
     }
 }
 
-/// Reads all pages of a source.
-fn hold(source: &impl PageSource, chunk_pages: usize) -> stream::Result<Vec<Batch>> {
+/// Reads all pages of a source, at first into the batches of `room`.
+fn hold(
+    source: &impl PageSource,
+    chunk_pages: usize,
+    room: Vec<Batch>,
+) -> stream::Result<Vec<Batch>> {
+    let mut room = room.into_iter();
     let mut cursor = Cursor::new(chunk_pages)?;
     let mut held = Vec::new();
     let mut runs = Vec::new();
@@ -793,7 +812,7 @@ fn hold(source: &impl PageSource, chunk_pages: usize) -> stream::Result<Vec<Batc
         if runs.is_empty() {
             return Ok(held);
         }
-        let mut batch = Batch::new(source.metadata());
+        let mut batch = room.next().unwrap_or_else(|| Batch::new(source.metadata()));
         batch.read(source, &runs)?;
         held.push(batch);
     }
