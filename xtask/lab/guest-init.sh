@@ -22,4 +22,6 @@ ln -s /proc/self/fd/2 /dev/stderr
 ip link set lo up
 sh -c "${*:-exec setsid cttyhack sh}"
 echo "guest: exit $?"
+# Setting a mode, whichever, waits until all is said: the power goes off without.
+stty opost
 poweroff -f
