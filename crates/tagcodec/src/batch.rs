@@ -7,7 +7,7 @@ use crate::byte_spans::{self, Cutter};
 use crate::code::{Code, Counts, FIXED, FIXED_CODES, Lengths, PAGES_COUNTED, Reading, Writing};
 use crate::error::Error;
 use crate::page::{
-    MAX_PAGE_LEN, MOST_SPANS, RAW, SPANS_MARGIN, decode_page, encode_page, put_raw, put_spans,
+    MAX_PAGE_LEN, RAW, SPANS_MARGIN, cut, decode_page, encode_page, put_raw, put_spans,
 };
 use crate::span::{PACKED, Spans, alike, uniform};
 use crate::unpacked::{SpanReader, pack, room, unpacked_pages};
@@ -247,8 +247,7 @@ impl Encoder {
         let step = (in_spans.count_ones() as usize / SAMPLED).max(1);
         let mut counts = Counts::new();
         for i in indices(in_spans).step_by(step) {
-            self.spans.cut(&pages[i]);
-            if self.spans.count() <= MOST_SPANS {
+            if cut(&pages[i], &mut self.spans) {
                 self.spans.iter().for_each(|span| counts.add(span));
             }
         }
@@ -278,8 +277,7 @@ impl Encoder {
             if nth == half {
                 first = (done, writer.align());
             }
-            self.spans.cut(&pages[i]);
-            if self.spans.count() <= MOST_SPANS && put_spans(&self.spans, writing, &mut writer) {
+            if cut(&pages[i], &mut self.spans) && put_spans(&self.spans, writing, &mut writer) {
                 done += 1;
             } else {
                 kinds.set_alone(1 << i);

@@ -6,7 +6,7 @@ use crate::batch::take;
 use crate::bits::{BITS_AT_ONCE, BitWriter, WRITE_MARGIN};
 use crate::code::{Code, Counts, FIXED, FIXED_CODES, SPAN_BITS, Writing};
 use crate::error::Error;
-use crate::span::{PACKED, Spans, uniform};
+use crate::span::{PACKED, Spans, has_more_spans_than, uniform};
 use crate::unpacked::{SpanReader, pack, room, unpacked_pages};
 
 /// The head of packed tags as they are.
@@ -19,7 +19,7 @@ const PERIODIC: u8 = 0x18;
 const LAST_PERIODIC: u8 = PERIODIC + PACKED.ilog2() as u8 - 1;
 
 /// Pages with more spans hardly become smaller.
-pub(crate) const MOST_SPANS: usize = 8 * PACKED / 5;
+const MOST_SPANS: usize = 8 * PACKED / 5;
 
 /// The most bytes that [`encode_page`] makes of a page: one above raw.
 pub const MAX_PAGE_LEN: usize = PACKED + 1;
@@ -32,13 +32,21 @@ pub fn encode_page(page: &TagPage, out: &mut [u8; MAX_PAGE_LEN]) -> usize {
         return 1;
     }
     let mut spans = Spans::new();
-    spans.cut(page);
-    let spans = (spans.count() <= MOST_SPANS)
+    cut(page, &mut spans)
         .then(|| in_spans(&spans, out))
-        .flatten();
-    spans
+        .flatten()
         .or_else(|| periodic(page, out))
         .unwrap_or_else(|| put_raw(page, out))
+}
+
+/// Cuts a page into spans. Answers no if it has too many, and these are then of no meaning.
+#[inline(always)]
+pub(crate) fn cut(page: &TagPage, spans: &mut Spans) -> bool {
+    if has_more_spans_than(MOST_SPANS, page) {
+        return false;
+    }
+    spans.cut(page);
+    spans.count() <= MOST_SPANS
 }
 
 /// Writes the packed tags as they are.

@@ -40,6 +40,36 @@ pub(crate) fn alike(a: &TagPage, b: &TagPage) -> bool {
     differ == 0 && bytes.fold(0, |differ, (a, b)| differ | (a ^ b)) == 0
 }
 
+/// Whether a page has more spans than so many, if that can be seen without cutting it. That it has not is mostly seen in its first
+/// granules.
+#[inline(always)]
+pub(crate) fn has_more_spans_than(most: usize, page: &TagPage) -> bool {
+    // So many granules may begin no span: those with the tag of the one before, and gaps, which have tag 0.
+    let mut left = GRANULES - most;
+    let mut before = first_granules(page) & 0xf;
+    for word in page.as_packed().as_chunks().0 {
+        let word = u64::from_le_bytes(*word);
+        let differ = ones(nonzero(word ^ (word << 4 | before)));
+        let untagged = ones(nonzero(word) ^ HIGHEST);
+        before = word >> 60;
+        match left.checked_sub(GRANULES_OF_WORD - differ + untagged) {
+            Some(rest) => left = rest,
+            None => return false,
+        }
+    }
+    true
+}
+
+/// Granules of 64 bits.
+const GRANULES_OF_WORD: usize = 16;
+
+/// How many nibbles have their highest bit set; the other bits are not.
+#[inline(always)]
+const fn ones(highest: u64) -> usize {
+    let pairs = (highest >> 3 & 0x0f0f_0f0f_0f0f_0f0f) + (highest >> 7 & 0x0f0f_0f0f_0f0f_0f0f);
+    (pairs.wrapping_mul(EACH_BYTE) >> 56) as usize
+}
+
 /// The tags of the first 16 granules.
 #[inline(always)]
 fn first_granules(page: &TagPage) -> u64 {
@@ -169,7 +199,6 @@ impl Spans {
 /// The highest bit of each nibble that is not zero.
 #[inline(always)]
 fn nonzero(nibbles: u64) -> u64 {
-    const HIGHEST: u64 = 0x8888_8888_8888_8888;
     (((nibbles & !HIGHEST) + !HIGHEST) | nibbles) & HIGHEST
 }
 
@@ -182,6 +211,8 @@ fn gather(nibbles: u64) -> u16 {
     (fours.wrapping_mul(0x0001_0010_0100_1000) >> 48) as u16
 }
 
+/// The highest bit of each nibble.
+const HIGHEST: u64 = 0x8888_8888_8888_8888;
 const EACH_BYTE: u64 = 0x0101_0101_0101_0101;
 const POSITION_BITS: u64 = 0x0707_0707_0707_0707;
 
@@ -203,3 +234,49 @@ const POSITIONS: [u64; 256] = {
     }
     table
 };
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A page of random tags, of which one in so many is that of the granule before.
+    fn page(tags: &[u8], repeated: usize) -> TagPage {
+        let mut page = TagPage::ZERO;
+        let mut before = 0;
+        for (granule, tag) in (0..=u8::MAX).zip(tags) {
+            if granule == 0 || usize::from(granule) % repeated != 0 {
+                before = *tag;
+            }
+            page.set(granule, Tag::from_low_bits(before));
+        }
+        page
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_seen_to_have_more_spans_has_them(
+            tags in prop::collection::vec(0u8..16, GRANULES),
+            repeated in 2..40usize,
+            most in 100..GRANULES,
+        ) {
+            let page = page(&tags, repeated);
+            let mut spans = Spans::new();
+            spans.cut(&page);
+            prop_assert!(!has_more_spans_than(most, &page) || spans.count() > most);
+        }
+
+        #[test]
+        fn a_page_without_untagged_granules_is_seen_to_have_more_spans_if_it_has(
+            tags in prop::collection::vec(1u8..16, GRANULES),
+            repeated in 2..40usize,
+            most in 100..GRANULES,
+        ) {
+            let page = page(&tags, repeated);
+            let mut spans = Spans::new();
+            spans.cut(&page);
+            prop_assert_eq!(has_more_spans_than(most, &page), spans.count() > most);
+        }
+    }
+}
