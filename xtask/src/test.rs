@@ -18,8 +18,8 @@ use crate::progress::say;
 use crate::toolchain::Toolchain;
 use crate::{command, interrupt};
 
-/// Crates whose tests need aarch64 with MTE, but no machine around it.
-const SINGLE_PROGRAM_CRATES: &[&str] = &["mte"];
+/// Crates whose tests need aarch64, or MTE, but no machine around it.
+const SINGLE_PROGRAM_CRATES: &[&str] = &["mte", "tagcodec"];
 /// Crates in which loom checks interleavings: built apart, with its own locks and atomics.
 const LOOM_CRATES: &[&str] = &["engine"];
 

@@ -1,5 +1,5 @@
-//! What there is to see in 64 granules: where spans begin, and the tags there. On x86-64 in instructions that compilers do not find by
-//! themselves; a loop over bytes elsewhere, which says the same.
+//! What there is to see in 64 granules: where spans begin, and the tags there. On aarch64 and x86-64 in instructions that compilers do not
+//! find by themselves; a loop over bytes elsewhere, which says the same.
 
 /// Bytes looked at at a time: so many that their granules are the bits of a word.
 pub(crate) const WORD: usize = 32;
@@ -32,7 +32,16 @@ impl Window<'_> {
     }
 
     /// The granules at which spans begin, the first in bit 0. Fills in the keys of all.
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(crate) fn look(self, keys: &mut Keys) -> u64 {
+        // SAFETY: it needs Advanced SIMD, which this target has, and nothing else.
+        unsafe { neon::look(self, keys) }
+    }
+
+    /// The granules at which spans begin, the first in bit 0. Fills in the keys of all.
+    #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
     #[inline(always)]
     pub(crate) fn look(self, keys: &mut Keys) -> u64 {
         anywhere::look(self, keys)
@@ -114,7 +123,77 @@ mod sse2 {
     }
 }
 
-#[cfg(any(test, not(target_arch = "x86_64")))]
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use core::arch::aarch64::{
+        uint8x16_t, vandq_u8, vbicq_u8, vceqq_u8, vceqzq_u8, vcombine_u8, vcreate_u8, vdupq_n_u8,
+        vgetq_lane_u64, vmvnq_u8, vorrq_u8, vpaddq_u8, vreinterpretq_u64_u8, vshrq_n_u8,
+        vsliq_n_u8, vzip1q_u8, vzip2q_u8,
+    };
+
+    use super::{Keys, Window};
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub(super) fn look(window: Window<'_>, keys: &mut Keys) -> u64 {
+        let [first, second] = keys.as_chunks_mut().0 else {
+            unreachable!("64 are twice 32")
+        };
+        let (a, b) = look_32(window, 0, first);
+        let (c, d) = look_32(window, 16, second);
+        let bits = vpaddq_u8(vpaddq_u8(a, b), vpaddq_u8(c, d));
+        vgetq_lane_u64::<0>(vreinterpretq_u64_u8(vpaddq_u8(bits, bits)))
+    }
+
+    /// Where spans begin among 32 granules: each has a bit of its own among eight, or none.
+    #[inline]
+    #[target_feature(enable = "neon")]
+    fn look_32(window: Window<'_>, at: usize, keys: &mut [u8; 32]) -> (uint8x16_t, uint8x16_t) {
+        let nibble = vdupq_n_u8(0xf);
+        let these = load(window.bytes(at + 1));
+        let before = vshrq_n_u8::<4>(load(window.bytes(at)));
+        let low = vandq_u8(these, nibble);
+        let high = vshrq_n_u8::<4>(these);
+        let after = vandq_u8(load(window.bytes(at + 2)), nibble);
+
+        let low_keys = vsliq_n_u8::<4>(before, low);
+        let (first, second) = keys.split_at_mut(16);
+        store(vzip1q_u8(low_keys, these), first);
+        store(vzip2q_u8(low_keys, these), second);
+
+        let low_as_before = vceqq_u8(low, before);
+        let high_as_low = vceqq_u8(high, low);
+        let after_as_high = vceqq_u8(after, high);
+        let low_is_gap = vbicq_u8(vceqzq_u8(low), high_as_low);
+        let high_is_gap = vbicq_u8(vceqzq_u8(high), after_as_high);
+        let low_begins = vmvnq_u8(vorrq_u8(low_as_before, low_is_gap));
+        let high_begins = vmvnq_u8(vorrq_u8(high_as_low, high_is_gap));
+
+        let each = vcreate_u8(0x8040_2010_0804_0201);
+        let each = vcombine_u8(each, each);
+        (
+            vandq_u8(vzip1q_u8(low_begins, high_begins), each),
+            vandq_u8(vzip2q_u8(low_begins, high_begins), each),
+        )
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    fn load(bytes: &[u8; 16]) -> uint8x16_t {
+        let word = u128::from_le_bytes(*bytes);
+        vcombine_u8(vcreate_u8(word as u64), vcreate_u8((word >> 64) as u64))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    fn store(bytes: uint8x16_t, to: &mut [u8]) {
+        let words = vreinterpretq_u64_u8(bytes);
+        let (low, high) = (vgetq_lane_u64::<0>(words), vgetq_lane_u64::<1>(words));
+        to.copy_from_slice(&(u128::from(low) | u128::from(high) << 64).to_le_bytes());
+    }
+}
+
+#[cfg(any(test, not(any(target_arch = "aarch64", target_arch = "x86_64"))))]
 mod anywhere {
     use super::{Keys, WORD, Window};
 
