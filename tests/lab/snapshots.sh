@@ -1,11 +1,11 @@
 #!/bin/bash
 # lab: own-host timeout=3000
-# The tag workload on four vCPUs, which are more than the host has CPUs, is saved under load and restored ROUNDS times in
+# The tag workload on four vCPUs, which are more than the host has CPUs, is saved under load and restored RESTORES times in
 # a row, each time from a snapshot of the restore before: whole files and deltas, on files and on deltas, taken up eagerly
-# and lazily. ROUNDS is 4 by default, in which whole and delta come both ways; 50 are the whole test.
+# and lazily. RESTORES is 4 by default, in which whole and delta come both ways; 50 are the whole test.
 . "$(dirname "$0")/guests.bash"
 
-rounds=${ROUNDS:-4}
+restores=${RESTORES:-4}
 
 # The guest says when it learns that it was restored; after the last time the workload is to check all of its memory and end.
 mkdir guest
@@ -13,7 +13,7 @@ cat > guest/work << END
 told=0
 tag-workload --memory 4M &
 workload=\$!
-while [ \$told -lt $rounds ] && kill -0 \$workload; do
+while [ \$told -lt $restores ] && kill -0 \$workload; do
     sleep 0.5
     now=\$(dmesg | grep -c 'reseeded due to virtual machine fork')
     [ \$now = \$told ] || echo "guest: restored \$now times"
@@ -31,7 +31,7 @@ machine=$!
 wait_for_console round-0 ' 0 differences' $machine
 
 before=
-for round in $(seq "$rounds"); do
+for round in $(seq "$restores"); do
     options=()
     kind=whole
     # Two deltas after each whole file, and lazily every other time.
@@ -53,9 +53,9 @@ for round in $(seq "$rounds"); do
     machine=$!
     wait_for_console "round-$round" "guest: restored $round times" $machine
     # The last one ends by itself.
-    [ "$round" = "$rounds" ] || wait_for_console "round-$round" ' 0 differences' $machine
+    [ "$round" = "$restores" ] || wait_for_console "round-$round" ' 0 differences' $machine
     echo "round $round: $kind, ${options[*]:-eager}, $SECONDS s"
 done
 ended_as 0 $machine
-console_has "round-$rounds" 'workload: ok'
-console_has "round-$rounds" 'guest: exit 0'
+console_has "round-$restores" 'workload: ok'
+console_has "round-$restores" 'guest: exit 0'

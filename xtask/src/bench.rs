@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: native programs, and the scripts of `benches`, each in a host of its own, as
 //! its header wants it.
 
+use std::num::NonZeroU16;
 use std::path::Path;
 use std::process::Command;
 
@@ -18,6 +19,9 @@ use crate::script::{self, Script};
 /// Which benchmarks to run
 #[derive(Args)]
 pub struct Arguments {
+    /// How often those in the lab that repeat what they measure do so [default: what they hold enough]
+    #[arg(long, value_name = "N")]
+    rounds: Option<NonZeroU16>,
     /// A benchmark, or what comes before the dash in the names of several; all if there is none
     name: Option<String>,
 }
@@ -73,7 +77,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let in_lab = if scripts.is_empty() {
         0
     } else {
-        in_lab(&folder, &scripts)?
+        in_lab(&folder, &scripts, arguments.rounds)?
     };
     Ok(u8::from(failed + in_lab > 0))
 }
@@ -91,8 +95,10 @@ impl Native {
 }
 
 /// Runs scripts, each in a host of its own. Returns how many failed.
-fn in_lab(folder: &Path, scripts: &[Script]) -> Result<u8> {
+fn in_lab(folder: &Path, scripts: &[Script], rounds: Option<NonZeroU16>) -> Result<u8> {
     let lab = Lab::open(true)?;
+    let rounds = rounds.map(|rounds| format!("export ROUNDS={rounds}\n"));
+    let rounds = rounds.as_deref().unwrap_or_default();
     let mut failed = 0;
     for script in scripts {
         say(&format!("benchmark {}", script.name));
@@ -103,7 +109,10 @@ fn in_lab(folder: &Path, scripts: &[Script]) -> Result<u8> {
         let mut host = lab.boot(&script.wants.host, Input::Nothing, out, err, |lab| {
             copy_folder(folder, &lab.join("benches"))
         })?;
-        let job = format!("cd /tmp\nexec bash /lab/benches/{}.sh\n", script.name);
+        let job = format!(
+            "{rounds}cd /tmp\nexec bash /lab/benches/{}.sh\n",
+            script.name
+        );
         match host.machine.run(&job, Some(script.wants.limit))? {
             Outcome::Exit(0) => {}
             Outcome::Exit(status) => {

@@ -41,6 +41,9 @@ pub struct Arguments {
     /// Only the tests that move a guest again and again, and so many times
     #[arg(long, value_name = "N", conflicts_with_all = ["native", "faults"])]
     moves: Option<u32>,
+    /// Only the tests that save and restore a guest again and again, and so many times
+    #[arg(long, value_name = "N", conflicts_with_all = ["native", "faults", "moves"])]
+    restores: Option<u32>,
     /// So many of the lab's hosts at once [default: as many as this machine has CPUs and memory for]
     #[arg(long, value_name = "N")]
     hosts_at_once: Option<NonZeroUsize>,
@@ -48,8 +51,13 @@ pub struct Arguments {
     filter: Option<String>,
 }
 
-/// The test that breaks migrations.
-const FAULTS: &str = "migration-faults";
+/// What some tests of the lab do again and again, so often as was asked.
+struct Repeats {
+    number: u32,
+    /// By which of their variables they are told.
+    variable: &'static str,
+    tests: &'static [&'static str],
+}
 
 /// How many tests ended how.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -78,18 +86,27 @@ impl std::fmt::Display for Tally {
 }
 
 impl Arguments {
-    /// How often something happens in the tests that were asked for, if that was said.
-    fn repeats(&self) -> Option<u32> {
-        self.faults.or(self.moves)
+    /// What is to be done how often, if that was said.
+    fn repeats(&self) -> Option<Repeats> {
+        let moving: &[_] = &["migration", "migration-at-work", "migration-two-hosts"];
+        let kinds: [(_, _, &[_]); _] = [
+            (self.faults, "FAULTS", &["migration-faults"]),
+            (self.moves, "MOVES", moving),
+            (self.restores, "RESTORES", &["heaps", "snapshots"]),
+        ];
+        kinds.into_iter().find_map(|(number, variable, tests)| {
+            Some(Repeats {
+                number: number?,
+                variable,
+                tests,
+            })
+        })
     }
 }
 
 /// Runs the tests; the status is 1 if any failed.
 pub fn run(arguments: &Arguments) -> Result<u8> {
-    let filter = match arguments.faults {
-        Some(_) => Some(FAULTS),
-        None => arguments.filter.as_deref(),
-    };
+    let filter = arguments.filter.as_deref();
     let only_lab = arguments.lab || arguments.repeats().is_some();
     let mut parts = Vec::new();
     if !only_lab {

@@ -21,10 +21,8 @@ use crate::{command, interrupt, ports};
 
 /// As automake says it.
 const SKIPPED: u8 = 77;
-/// What a migration that is broken, or a move, takes at most, on a machine that is not busy.
-const A_FAULT: Duration = Duration::from_secs(60);
-/// The tests that move a guest again and again.
-const MOVING: &[&str] = &["migration", "migration-at-work", "migration-two-hosts"];
+/// What a move, whole or broken, or a restore, takes at most, on a machine that is not busy.
+const A_REPEAT: Duration = Duration::from_secs(60);
 /// The CPUs of this machine that one of the lab's hosts keeps at work: with fewer, each takes as much longer as there are more.
 const CPUS_A_HOST: usize = 2;
 /// The memory of this machine that one of the lab's hosts, or a pair of them, may want.
@@ -37,24 +35,17 @@ pub fn run(lab: &Lab, filter: Option<&str>, arguments: &Arguments) -> Result<Par
     if let Some(filter) = filter {
         scripts.retain(|script| script.name.contains(filter));
     }
-    if arguments.moves.is_some() {
-        scripts.retain(|script| MOVING.contains(&&*script.name));
-    }
     let repeats = arguments.repeats();
     let mut variables = String::new();
-    for (name, value) in [
-        ("FAULTS", arguments.faults),
-        ("MOVES", arguments.moves),
-        ("SEED", arguments.seed.map(u32::from)),
-    ] {
-        if let Some(value) = value {
-            writeln!(variables, "export {name}={value}")?;
+    if let Some(repeats) = &repeats {
+        writeln!(variables, "export {}={}", repeats.variable, repeats.number)?;
+        scripts.retain(|script| repeats.tests.contains(&&*script.name));
+        for script in &mut scripts {
+            script.wants.limit = script.wants.limit.max(A_REPEAT * (repeats.number + 1));
         }
     }
-    if let Some(repeats) = repeats {
-        for script in &mut scripts {
-            script.wants.limit = script.wants.limit.max(A_FAULT * (repeats + 1));
-        }
+    if let Some(seed) = arguments.seed {
+        writeln!(variables, "export SEED={seed}")?;
     }
     let at_once = match arguments.hosts_at_once {
         Some(hosts) => hosts.get(),
