@@ -29,10 +29,15 @@ pub(crate) fn chained(before: u64, next: u64) -> u64 {
     seeded(before, &next.to_le_bytes())
 }
 
+/// Four bits for 16 bytes.
+const ZERO_TAGS: &[u8] = &[0; PAGE_SIZE / 32];
+
 /// The check of a chunk's pages, as they will be in the guest.
 pub(crate) struct PagesCheck {
     seed: u64,
     of_zero_page: u64,
+    /// Of the tags of an untagged page: most pages are.
+    of_zero_tags: u64,
     /// Number, check of the data, check of the tags, for each page.
     records: Vec<u8>,
 }
@@ -42,6 +47,7 @@ impl PagesCheck {
         Self {
             seed,
             of_zero_page: XxHash3_64::oneshot(&[0; PAGE_SIZE]),
+            of_zero_tags: XxHash3_64::oneshot(ZERO_TAGS),
             records: Vec::new(),
         }
     }
@@ -53,7 +59,11 @@ impl PagesCheck {
     /// Adds a page. Data of `None` are zeros; tags of a stream without are empty.
     pub(crate) fn add(&mut self, number: u64, data: Option<&[u8; PAGE_SIZE]>, tags: &[u8]) {
         let data = data.map_or(self.of_zero_page, |data| XxHash3_64::oneshot(data));
-        for field in [number, data, XxHash3_64::oneshot(tags)] {
+        let tags = match tags == ZERO_TAGS {
+            true => self.of_zero_tags,
+            false => XxHash3_64::oneshot(tags),
+        };
+        for field in [number, data, tags] {
             self.records.extend_from_slice(&field.to_le_bytes());
         }
     }
