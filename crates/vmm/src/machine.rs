@@ -596,16 +596,20 @@ where
         if let Some(guest) = state.vcpus.first() {
             self.check_cpu(guest)?;
         }
-        let vcpus = self.stop_vcpus()?;
-        let loaded = self.load_parts(state, &vcpus);
-        self.vcpus = Some(start_threads(vcpus, &self.bus, &self.sender)?);
-        self.cpu = loaded?;
+        self.cpu = self.load_parts(state)?;
         self.running = Running::Paused;
         Ok(())
     }
 
     /// Returns what the guest sees of its CPUs then: hosts can hide some of what they have.
-    fn load_parts(&self, state: &MachineState, vcpus: &[VcpuOf<H>]) -> Result<VcpuState, Error> {
+    fn load_parts(&self, state: &MachineState) -> Result<VcpuState, Error> {
+        let vcpus = self.vcpus.as_ref().ok_or(Error::VcpuPanicked)?;
+        let states = Arc::new(state.vcpus.clone());
+        // Each on its own thread, while the devices get theirs: these are hundreds of calls.
+        let loaded = vcpus.ask(move |place, vcpu| {
+            states[place].apply(vcpu)?;
+            (place == 0).then(|| cpu::identity(vcpu)).transpose()
+        });
         for (transport, state) in self.virtio.iter().zip(&state.virtio) {
             transport.restore(state)?;
         }
@@ -617,13 +621,14 @@ where
                 step: "giving the guest its generation ID",
                 source,
             })?;
-        for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
-            state.apply(vcpu)?;
+        let loaded = loaded.wait();
+        if loaded.len() != vcpus.len() {
+            return Err(Error::VcpuPanicked);
         }
+        let cpus: Vec<_> = loaded.into_iter().collect::<Result<_, _>>()?;
         // Last: the lines that the devices drove just now were high before, and are not edges.
         self.vm.restore_gic(&state.gic)?;
-        let boot_cpu = vcpus.first().ok_or(Error::VcpuPanicked)?;
-        Ok(cpu::identity(boot_cpu)?)
+        cpus.into_iter().flatten().next().ok_or(Error::VcpuPanicked)
     }
 
     fn vcpu_count(&self) -> usize {
