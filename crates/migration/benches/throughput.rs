@@ -269,12 +269,21 @@ impl PageSink for Sink {
 
     fn place(&self, pages: &Batch) -> io::Result<()> {
         for run in pages.runs() {
-            let (block, first) = (run.first as usize / AT_ONCE, run.first as usize % AT_ONCE);
-            let mut block = self.blocks[block].lock().expect("nothing panics with it");
-            let placed = first..first + run.data.len();
-            block.data[placed.clone()].copy_from_slice(run.data);
-            if self.metadata.has_tags() {
-                block.tags[placed].clone_from_slice(run.tags);
+            let (mut first, mut data, mut tags) = (run.first as usize, run.data, run.tags);
+            while !data.is_empty() {
+                let placed = first % AT_ONCE..AT_ONCE.min(first % AT_ONCE + data.len());
+                let mut block = self.blocks[first / AT_ONCE]
+                    .lock()
+                    .expect("nothing panics with it");
+                let (here, rest) = data.split_at(placed.len());
+                block.data[placed.clone()].copy_from_slice(here);
+                if self.metadata.has_tags() {
+                    let (here, rest) = tags.split_at(placed.len());
+                    block.tags[placed].clone_from_slice(here);
+                    tags = rest;
+                }
+                first += here.len();
+                data = rest;
             }
         }
         Ok(())
@@ -308,7 +317,11 @@ impl Departing for Leaver {
 
     fn slow(&mut self, _: u8) {}
 
-    fn stop(&mut self) -> Result<Vec<SavedState>, MachineError> {
+    fn stop(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<Vec<SavedState>, MachineError> {
         Ok(Vec::new())
     }
 

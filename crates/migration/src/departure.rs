@@ -47,14 +47,20 @@ pub trait Departing {
     /// Keeps the vCPUs from running for this percentage of the time.
     fn slow(&mut self, percent: u8);
 
-    /// Stops the guest and lets go of what only one machine may have, such as locks on disks; returns its state. After it,
-    /// [`Departing::changes`] tells of the last changes, and there are no more.
+    /// Stops the guest. After it, [`Departing::changes`] tells of the last changes, and there are no more.
     ///
     /// # Errors
-    /// The guest ended, or its state cannot be had.
-    fn stop(&mut self) -> Result<Vec<SavedState>, MachineError>;
+    /// The guest ended, or cannot be stopped.
+    fn stop(&mut self) -> Result<(), MachineError>;
 
-    /// The guest stays: undoes [`Departing::watch`], [`Departing::slow`] and [`Departing::stop`], as far as they were done.
+    /// The state of the guest, which was stopped. Lets go of what only one machine may have, such as locks on disks.
+    ///
+    /// # Errors
+    /// Its state cannot be had.
+    fn state(&mut self) -> Result<Vec<SavedState>, MachineError>;
+
+    /// The guest stays: undoes [`Departing::watch`], [`Departing::slow`], [`Departing::stop`] and [`Departing::state`], as far as they
+    /// were done.
     ///
     /// # Errors
     /// It cannot go on, because something that it needs was taken meanwhile.
@@ -322,7 +328,7 @@ impl<G: Departing> Leaving<'_, G> {
             self.check(&convergence)?;
             let begun = Instant::now();
             let mut changes = Changes::since(&changed);
-            let sent = self.send(control, links, changed, Some(&mut changes))?;
+            let sent = self.send(control, links, changed, &mut changes)?;
             changes.look(self.guest, None)?;
             let round = Round {
                 pages: sent,
@@ -365,7 +371,7 @@ impl<G: Departing> Leaving<'_, G> {
             .store(u64::try_from(downtime).unwrap_or(u64::MAX), Relaxed);
     }
 
-    /// Sends pages over all links, and waits until all are placed. While the guest runs, `changes` notes what it does to them.
+    /// Sends pages of a guest that runs over all links, and waits until all are placed. `changes` notes what it does to them meanwhile.
     ///
     /// What the guest writes before it is sent need not be sent again: so every now and then it is looked what has changed, and what
     /// of that is still to be sent is left out. That is as fine as parts are short; and every look has the guest fault on its next
@@ -375,13 +381,11 @@ impl<G: Departing> Leaving<'_, G> {
         control: &mut Link,
         links: &mut [Link],
         mut rest: PageSet,
-        mut changes: Option<&mut Changes>,
+        changes: &mut Changes,
     ) -> Result<u64> {
-        self.rounds += 1;
-        let round = self.rounds;
-        self.progress.round.store(round, Relaxed);
-        self.progress.pages_total.fetch_add(rest.len(), Relaxed);
-        let (progress, failed) = (self.progress, &AtomicBool::new(false));
+        self.begin_round(&rest);
+        let (progress, patience) = (self.progress, self.options.patience);
+        let failed = &AtomicBool::new(false);
         let source = self.guest.pages();
         let mut said = Instant::now();
         let mut sent = Ok(0);
@@ -389,21 +393,57 @@ impl<G: Departing> Leaving<'_, G> {
         while !rest.is_empty()
             && let Ok(before) = sent
         {
-            if let Some(changes) = &mut changes {
-                changes.look(self.guest, Some(&rest))?;
-            } else {
-                part_len = u64::MAX;
-            }
+            changes.look(self.guest, Some(&rest))?;
             let part = rest.split_first(part_len);
             let begun = Instant::now();
-            sent = self.in_touch(control, &mut said, failed, || {
-                spread(links, &Only::new(&*source, &part), failed, progress)
-            });
+            let work = || spread(links, &Only::new(&*source, &part), failed, progress);
+            (sent, ()) = in_touch(control, &mut said, patience, failed, work, || ());
             if let Ok(now) = &mut sent {
                 part_len = pages_in(LOOK_EVERY, *now, begun.elapsed());
                 *now += before;
             }
         }
+        self.end_round(control, links, sent)
+    }
+
+    /// Sends the last pages of a guest that stands still over all links, finds out its state meanwhile, and waits until all pages are
+    /// placed.
+    fn send_last(
+        &mut self,
+        control: &mut Link,
+        links: &mut [Link],
+        rest: &PageSet,
+    ) -> Result<Vec<SavedState>> {
+        self.begin_round(rest);
+        let (progress, patience) = (self.progress, self.options.patience);
+        let failed = &AtomicBool::new(false);
+        let source = self.guest.pages();
+        let (sent, states) = in_touch(
+            control,
+            &mut Instant::now(),
+            patience,
+            failed,
+            || spread(links, &Only::new(&*source, rest), failed, progress),
+            || self.guest.state(),
+        );
+        self.end_round(control, links, sent)?;
+        states.map_err(Error::Machine)
+    }
+
+    fn begin_round(&mut self, pages: &PageSet) {
+        self.rounds += 1;
+        self.progress.round.store(self.rounds, Relaxed);
+        self.progress.pages_total.fetch_add(pages.len(), Relaxed);
+    }
+
+    /// Says that so many pages were sent, and waits until they are placed.
+    fn end_round(
+        &mut self,
+        control: &mut Link,
+        links: &mut [Link],
+        sent: Result<u64>,
+    ) -> Result<u64> {
+        let round = self.rounds;
         let sent = sent.and_then(|sent| {
             for link in links {
                 link.say(&Word::RoundEnd { round })?;
@@ -436,39 +476,6 @@ impl<G: Departing> Leaving<'_, G> {
         Ok(sent)
     }
 
-    /// Does what may take longer than the destination is patient, and tells it meanwhile that this side is there; it was told so
-    /// last when it `said` so. If it cannot be told, `failed` is set.
-    fn in_touch<T: Send>(
-        &self,
-        control: &mut Link,
-        said: &mut Instant,
-        failed: &AtomicBool,
-        work: impl FnOnce() -> T + Send,
-    ) -> T {
-        thread::scope(|scope| {
-            let (done, is_done) = mpsc::channel::<()>();
-            let worker = scope.spawn(move || {
-                let outcome = work();
-                drop(done);
-                outcome
-            });
-            loop {
-                let quiet = (self.options.patience / 3).saturating_sub(said.elapsed());
-                if is_done.recv_timeout(quiet) != Err(RecvTimeoutError::Timeout) {
-                    break;
-                }
-                if control.say(&Word::Sending).is_err() {
-                    failed.store(true, Relaxed);
-                    break;
-                }
-                *said = Instant::now();
-            }
-            worker
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
-    }
-
     /// Stops the guest, sends the last of it, and gives it away.
     fn hand_over(
         &mut self,
@@ -480,8 +487,8 @@ impl<G: Departing> Leaving<'_, G> {
         let stopped = Instant::now();
         self.stopped = Some(stopped);
         self.step(SourceEvent::Stop)?;
-        let states = self.guest.stop().map_err(Error::Machine)?;
-        note(stopped, "its state is saved");
+        self.guest.stop().map_err(Error::Machine)?;
+        note(stopped, "its vCPUs and devices have stopped");
         let last = self.guest.changes().map_err(Error::Machine)?;
         for link in links.iter().chain([&*control]) {
             link.set_patience(self.options.handover_patience)?;
@@ -493,16 +500,18 @@ impl<G: Departing> Leaving<'_, G> {
         self.missing.add(&last);
         self.fetched = PageSet::none(last.range().clone());
         let pages_stay = pages_may_stay && !self.missing.is_empty();
-        if !pages_stay {
+        let states = if pages_stay {
+            self.guest.state().map_err(Error::Machine)?
+        } else {
             let missing = std::mem::replace(&mut self.missing, PageSet::none(last.range().clone()));
-            self.send(control, &mut links, missing, None)?;
-        }
+            self.send_last(control, &mut links, &missing)?
+        };
         for link in &mut links {
             link.finish()?;
             self.sent.add((link.bytes(), link.tag_bytes()));
         }
         drop(links);
-        note(stopped, "its last pages are sent");
+        note(stopped, "its last pages are sent and its state is saved");
         for state in &states {
             control.state(state)?;
         }
@@ -764,6 +773,43 @@ impl<G: Departing> Leaving<'_, G> {
     }
 }
 
+/// Does what may take longer than the destination has `patience`, and tells it meanwhile that this side is there; it was told so
+/// last when it `said` so. If it cannot be told, `failed` is set. Does something else besides, on this thread, that takes no
+/// longer than that.
+fn in_touch<T: Send, U>(
+    control: &mut Link,
+    said: &mut Instant,
+    patience: Duration,
+    failed: &AtomicBool,
+    work: impl FnOnce() -> T + Send,
+    besides: impl FnOnce() -> U,
+) -> (T, U) {
+    thread::scope(|scope| {
+        let (done, is_done) = mpsc::channel::<()>();
+        let worker = scope.spawn(move || {
+            let outcome = work();
+            drop(done);
+            outcome
+        });
+        let beside = besides();
+        loop {
+            let quiet = (patience / 3).saturating_sub(said.elapsed());
+            if is_done.recv_timeout(quiet) != Err(RecvTimeoutError::Timeout) {
+                break;
+            }
+            if control.say(&Word::Sending).is_err() {
+                failed.store(true, Relaxed);
+                break;
+            }
+            *said = Instant::now();
+        }
+        let outcome = worker
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        (outcome, beside)
+    })
+}
+
 /// Where its downtime goes.
 fn note(stopped: Instant, what: &str) {
     let ms = stopped.elapsed().as_secs_f64() * 1e3;
@@ -813,10 +859,10 @@ const CHUNK: usize = 64;
 /// How often it is looked what the guest has changed.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// How many pages go in a time, at least a chunk, when so many took so long.
+/// How many pages go in a time, in whole chunks and at least one, when so many took so long.
 fn pages_in(time: Duration, pages: u64, took: Duration) -> u64 {
     let pages = pages as f64 * time.as_secs_f64() / took.as_secs_f64().max(1e-6);
-    (pages as u64).max(CHUNK as u64)
+    (pages as u64 / CHUNK as u64).max(1) * CHUNK as u64
 }
 
 /// What a guest changes while its memory is sent.

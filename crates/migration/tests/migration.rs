@@ -400,6 +400,27 @@ fn a_state_that_does_not_fit_is_told_and_the_guest_goes_on() {
 }
 
 #[test]
+fn a_guest_whose_state_cannot_be_had_goes_on_where_it_is() {
+    for post_copy in [PostCopy::Never, PostCopy::Now] {
+        let (network, door) = Network::new();
+        let mut guest = Leaver::new(1);
+        guest.secret = Some("KVM does not tell register X");
+        let mut there = destination(door, Comer::new(u64::MAX));
+
+        let error = kept(depart(
+            &mut guest,
+            &Line(network),
+            &options(post_copy),
+            &Progress::default(),
+        ));
+        there.join();
+
+        assert_eq!(error.to_string(), "KVM does not tell register X");
+        assert!(guest.runs.load(SeqCst) && !there.runs());
+    }
+}
+
+#[test]
 fn a_migration_that_is_cancelled_leaves_the_guest_where_it_is() {
     let (network, door) = Network::new();
     let mut guest = Leaver::new(1);

@@ -155,6 +155,8 @@ pub struct Leaver {
     /// Pages written in a millisecond.
     busy: u64,
     pub slowed: u8,
+    /// Why its state cannot be had.
+    pub secret: Option<&'static str>,
 }
 
 impl Leaver {
@@ -165,6 +167,7 @@ impl Leaver {
             writer: None,
             busy,
             slowed: 0,
+            secret: None,
         };
         this.run();
         this
@@ -225,9 +228,16 @@ impl Departing for Leaver {
         self.slowed = percent;
     }
 
-    fn stop(&mut self) -> Result<Vec<SavedState>, MachineError> {
+    fn stop(&mut self) -> Result<(), MachineError> {
         self.halt();
-        Ok(vec![state("machine", b"registers")])
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<Vec<SavedState>, MachineError> {
+        match self.secret {
+            Some(reason) => Err(reason.into()),
+            None => Ok(vec![state("machine", b"registers")]),
+        }
     }
 
     fn go_on(&mut self) -> Result<(), MachineError> {

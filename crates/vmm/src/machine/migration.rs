@@ -25,7 +25,7 @@ use stream::{Batch, Metadata, PageSet};
 
 use super::dirty_log::DirtyLog;
 use super::snapshot::{ARCHITECTURE, CONFIG, MACHINE, PLATFORM, Platform, STATE_VERSION};
-use super::{Machine, MachineState, VcpuOf, VmOf};
+use super::{Machine, MachineState, Standing, VcpuOf, VmOf};
 use crate::config::{MachineConfig, OverlayConfig};
 use crate::memory::lazy::{self, Before, ChunkReader, Event, LazyFill, PageProvider, Threads};
 use crate::memory::pages::GuestPages;
@@ -164,6 +164,8 @@ pub struct Leaving<'a, H: Hypervisor> {
     ran: bool,
     log: Option<DirtyLog<VmOf<H>>>,
     throttler: Option<Throttler>,
+    /// Once it was stopped, until its state is asked for.
+    standing: Option<Standing>,
 }
 
 impl<'a, H: Hypervisor> Leaving<'a, H>
@@ -180,6 +182,7 @@ where
             pages: Arc::new(pages),
             log: None,
             throttler: None,
+            standing: None,
         }
     }
 }
@@ -230,14 +233,22 @@ where
         }
     }
 
-    fn stop(&mut self) -> Result<Vec<SavedState>, MachineError> {
-        let state = self.machine.save()?;
+    fn stop(&mut self) -> Result<(), MachineError> {
+        self.standing = Some(self.machine.stand()?);
         if let Some(throttler) = &self.throttler {
             throttler.set(0);
         }
         if self.machine.has_ended() {
             return Err(Error::Ended.into());
         }
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<Vec<SavedState>, MachineError> {
+        let standing = self.standing.take();
+        let state = self
+            .machine
+            .state(standing.expect("it is stopped before its state is asked for"))?;
         self.machine.release_disks()?;
         let life = Life { paused: !self.ran };
         Ok(vec![saved(MACHINE, &state), saved(LIFE, &life)])
@@ -245,6 +256,7 @@ where
 
     fn go_on(&mut self) -> Result<(), MachineError> {
         self.throttler = None;
+        self.standing = None;
         self.machine.claim_disks()?;
         if self.ran {
             self.machine.resume()?;
