@@ -16,9 +16,14 @@ pub enum MemoryError {
     Map(#[from] std::io::Error),
 }
 
+/// It begins where a page of the machine does: to rewrite one touches no other.
+#[repr(align(4096))]
+#[derive(Clone)]
+struct Page([u64; WORDS]);
+
 /// Pages of 4 KiB.
 pub struct Pages {
-    plain: Vec<[u64; WORDS]>,
+    plain: Vec<Page>,
     #[cfg(all(target_arch = "aarch64", target_os = "linux"))]
     tagged: Option<tagged::Tagged>,
 }
@@ -33,7 +38,7 @@ impl Pages {
         let tagged = tags.then(|| tagged::Tagged::new(pages)).transpose()?;
         let plain = if tags { 0 } else { pages };
         Ok(Self {
-            plain: vec![[0; WORDS]; plain],
+            plain: vec![Page([0; WORDS]); plain],
             tagged,
         })
     }
@@ -48,7 +53,7 @@ impl Pages {
             return Err(MemoryError::NoMte);
         }
         Ok(Self {
-            plain: vec![[0; WORDS]; pages],
+            plain: vec![Page([0; WORDS]); pages],
         })
     }
 
@@ -60,7 +65,7 @@ impl Pages {
             tagged.colour(index, words);
             return took;
         }
-        fill(&mut self.plain[index], words)
+        fill(&mut self.plain[index].0, words)
     }
 }
 
@@ -142,11 +147,19 @@ mod tests {
         let mut pages = Pages::new(2, false).unwrap();
         let mut words = Words::new();
         pages.rewrite(1, &mut words);
-        let before = pages.plain[1];
+        let before = pages.plain[1].clone();
 
         pages.rewrite(1, &mut words);
 
-        assert!(before.iter().zip(&pages.plain[1]).all(|(a, b)| a != b));
-        assert_eq!(pages.plain[0], [0; WORDS]);
+        assert!(before.0.iter().zip(&pages.plain[1].0).all(|(a, b)| a != b));
+        assert_eq!(pages.plain[0].0, [0; WORDS]);
+    }
+
+    #[test]
+    fn pages_begin_where_those_of_the_machine_do() {
+        let pages = Pages::new(3, false).unwrap();
+
+        let misaligned = |page: &Page| (&raw const *page).addr() % 4096;
+        assert!(pages.plain.iter().map(misaligned).all(|rest| rest == 0));
     }
 }
