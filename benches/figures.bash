@@ -12,6 +12,18 @@ ratio() {
     awk -v a="$1" -v b="$2" 'BEGIN { printf "%.3f", a / b }'
 }
 
+# paired LIST LIST: the median of what the numbers of one list are to those of the other, one by one, with three decimals.
+paired() {
+    local -a these those quotients=()
+    local i
+    read -ra these <<< "$1"
+    read -ra those <<< "$2"
+    for i in "${!these[@]}"; do
+        quotients+=("$(ratio "${these[i]}" "${those[i]}")")
+    done
+    median "${quotients[@]}"
+}
+
 # goal TEXT VALUE LIMIT: a line with a figure that must not be above LIMIT.
 goal() {
     local verdict=

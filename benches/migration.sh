@@ -5,8 +5,9 @@
 #
 # What tags cost is seen beside the same guest without MTE.
 #
-# A VMM is four functions: VMM_start NAME WORK, VMM_receive NAME URI WORK, VMM_move FROM TO URI never|now, which sets the
-# microseconds total and blackout, bytes, and what the VMM has told of pages asked for, and VMM_end NAME. Consoles are in NAME.console.
+# A VMM is six functions: VMM_start NAME WORK, VMM_receive NAME URI WORK, VMM_move FROM TO URI never|now, which sets the
+# microseconds total and blackout, bytes, tag_bytes, and what the VMM has told of pages asked for, VMM_pause, VMM_resume and VMM_end NAME.
+# Consoles are in NAME.console.
 set -euo pipefail
 
 . /lab/benches/figures.bash
@@ -91,13 +92,25 @@ qemu_move() {
         told+=", vCPUs blocked for $(qmp "$to" query-migrate | sed -n 's/.*"postcopy-vcpu-blocktime": \(\[[^]]*\]\).*/\1/p') ms"
 }
 
-# Tagvisor, its guest with MTE or without.
-tagvisor_start() { tagvisor_run "$1" "$2" on; }
-plain_start() { tagvisor_run "$1" "$2" off; }
+qemu_pause() { qmp "$1" stop > /dev/null; }
+qemu_resume() { qmp "$1" cont > /dev/null; }
+
+# Tagvisor; its guest without MTE; with two connections.
+tagvisor_start() { tagvisor_run "$1" "${2/TAGS/--tags}" on; }
+plain_start() { tagvisor_run "$1" "${2/TAGS/}" off; }
+double_start() { tagvisor_start "$@"; }
 tagvisor_receive() { tagvisor_wait "$1" "$2"; }
 plain_receive() { tagvisor_wait "$1" "$2"; }
-tagvisor_move() { tagvisor_migrate "$@"; }
-plain_move() { tagvisor_migrate "$@"; }
+double_receive() { tagvisor_wait "$1" "$2"; }
+tagvisor_move() { tagvisor_migrate "$@" 1; }
+plain_move() { tagvisor_migrate "$@" 1; }
+double_move() { tagvisor_migrate "$@" 2; }
+tagvisor_pause() { tagvisor pause "$1" 2> /dev/null; }
+plain_pause() { tagvisor_pause "$1"; }
+double_pause() { tagvisor_pause "$1"; }
+tagvisor_resume() { tagvisor resume "$1" 2> /dev/null; }
+plain_resume() { tagvisor_resume "$1"; }
+double_resume() { tagvisor_resume "$1"; }
 # The guest has left it; or it is stopped.
 tagvisor_end() {
     tagvisor stop "$1" 2> /dev/null || true
@@ -105,6 +118,7 @@ tagvisor_end() {
     rm "$1".*
 }
 plain_end() { tagvisor_end "$1"; }
+double_end() { tagvisor_end "$1"; }
 
 # tagvisor_run NAME WORK MTE
 tagvisor_run() {
@@ -124,9 +138,9 @@ tagvisor_wait() {
     done
 }
 
-# tagvisor_migrate FROM TO URI POSTCOPY
+# tagvisor_migrate FROM TO URI POSTCOPY CONNECTIONS
 tagvisor_migrate() {
-    tagvisor migrate "$1" "${3/tcp:/tcp://}" --postcopy "$4" --max-downtime $max_downtime_ms --connections "${connections:-1}" --json \
+    tagvisor migrate "$1" "${3/tcp:/tcp://}" --postcopy "$4" --max-downtime $max_downtime_ms --connections "$5" --json \
         > "$1.report" 2> "$1.progress" || { cat "$1.progress" >&2; exit 1; }
     total=$(field total_us < "$1.report")
     blackout=$(field downtime_us < "$1.report")
@@ -154,75 +168,92 @@ choose_place() {
     esac
 }
 
-# travel VMM WORK TRANSPORT TIMES POSTCOPY: a new guest moves so many times; sets totals, blackouts, sizes, and datas (bytes that are no tags), and leaves it as
-# the machine $here.
-travel() {
-    local vmm=$1 work=$2 transport=$3 times=$4 postcopy=$5 there place time
-    totals=() blackouts=() sizes=() datas=()
-    here=$vmm-0
-    "${vmm}_start" "$here" "$work"
-    sleep 5
-    for ((time = 1; time <= times; time++)); do
-        there=$vmm-$time
-        choose_place "$transport"
-        "${vmm}_receive" "$there" "$place" "$work"
-        "${vmm}_move" "$here" "$there" "$place" "$postcopy"
-        totals+=("$total") blackouts+=("$blackout") sizes+=("$bytes") datas+=("$((bytes - tag_bytes))")
-        "${vmm}_end" "$here"
-        here=$there
-        sleep 4
+# embark VMM WORK: a new guest, the machine ${here[VMM]}.
+embark() {
+    here[$1]=$1-0
+    totals[$1]='' blackouts[$1]='' sizes[$1]='' datas[$1]=''
+    "$1_start" "$1-0" "$2"
+}
+
+# move VMM WORK TRANSPORT POSTCOPY: the guest of a VMM moves on; adds to its totals, blackouts, sizes, and datas (bytes that are no tags).
+move() {
+    local vmm=$1 from=${here[$1]} place
+    local to=$vmm-$((${from##*-} + 1))
+    choose_place "$3"
+    "${vmm}_receive" "$to" "$place" "$2"
+    "${vmm}_move" "$from" "$to" "$place" "$4"
+    totals[$vmm]+=" $total" blackouts[$vmm]+=" $blackout" sizes[$vmm]+=" $bytes" datas[$vmm]+=" $((bytes - tag_bytes))"
+    "${vmm}_end" "$from"
+    here[$vmm]=$to
+}
+
+# in_turn WORK TRANSPORT VMM…: a guest of each VMM moves, one after the other in each round, and is paused while others do: how fast the
+# machine is changes by the minute, and so it is the same for all.
+in_turn() {
+    local work=$1 transport=$2 vmm round
+    shift 2
+    for vmm; do
+        embark "$vmm" "$work"
+        "${vmm}_pause" "${here[$vmm]}"
+    done
+    for ((round = 0; round < rounds; round++)); do
+        for vmm; do
+            "${vmm}_resume" "${here[$vmm]}"
+            sleep 4
+            move "$vmm" "$work" "$transport" never
+            "${vmm}_pause" "${here[$vmm]}"
+        done
+    done
+    for vmm; do
+        "${vmm}_end" "${here[$vmm]}"
     done
 }
 
-# pre_copy TITLE WORK TRANSPORT: a line for each VMM.
+# told_of VMM: a line of what its moves took.
+told_of() {
+    # shellcheck disable=SC2086 # They are lists.
+    printf '  %-24s total %8s ms   downtime %7s ms   %s   (total: %s; downtime: %s)\n' "${titles[$1]}" \
+        "$(ms "$(median ${totals[$1]})")" "$(ms "$(median ${blackouts[$1]})")" "$(mib "$(median ${sizes[$1]})")" \
+        "$(ms ${totals[$1]})" "$(ms ${blackouts[$1]})"
+}
+
+# pre_copy TITLE WORK TRANSPORT: Tagvisor beside QEMU.
 pre_copy() {
     local vmm
     echo "$1, $3 (medians of $rounds moves of one guest)"
+    in_turn "$2" "$3" "${vmms[@]}"
     for vmm in "${vmms[@]}"; do
-        travel "$vmm" "$2" "$3" "$rounds" never
-        "${vmm}_end" "$here"
-        printf '  %-22s total %8s ms   downtime %8s ms   %s   (total: %s; downtime: %s)\n' "${titles[$vmm]}" \
-            "$(ms "$(median "${totals[@]}")")" "$(ms "$(median "${blackouts[@]}")")" "$(mib "$(median "${sizes[@]}")")" \
-            "$(ms "${totals[@]}")" "$(ms "${blackouts[@]}")"
-        medians[$vmm-total]=$(median "${totals[@]}")
-        medians[$vmm-blackout]=$(median "${blackouts[@]}")
+        told_of "$vmm"
     done
     # A VMM that is measured alone has nothing to be compared with.
     [ ${#vmms[@]} -gt 1 ] || return 0
-    goal 'total time' "$(ratio "${medians[tagvisor-total]}" "${medians[qemu-total]}")" 1.000
-    goal 'downtime' "$(ratio "${medians[tagvisor-blackout]}" "${medians[qemu-blackout]}")" 0.800
+    goal 'total time, round by round' "$(paired "${totals[tagvisor]}" "${totals[qemu]}")" 1.000
+    goal 'downtime, round by round' "$(paired "${blackouts[tagvisor]}" "${blackouts[qemu]}")" 0.800
 }
 
 # share TITLE WORK BYTES: what tags add to the moves of a guest, in bytes and in time. Where it can have tags, --tags is put in for TAGS.
 # Two Linux guests never have the same number of pages, so bytes are compared with those of the same moves that are no tags.
 share() {
-    local vmm tags
+    local vmm
     echo "$1, Tagvisor with MTE over without, unix ($rounds moves each)"
+    in_turn "$2" unix tagvisor plain
     for vmm in tagvisor plain; do
-        tags=
-        [ $vmm = plain ] || tags=--tags
-        travel $vmm "${2/TAGS/$tags}" unix "$rounds" never
-        ${vmm}_end "$here"
-        printf '  %-22s total %8s ms   %s   (total: %s)\n' "${titles[$vmm]}" "$(ms "$(median "${totals[@]}")")" \
-            "$(mib "$(median "${sizes[@]}")")" "$(ms "${totals[@]}")"
-        medians[$vmm-total]=$(median "${totals[@]}")
-        medians[$vmm-bytes]=$(median "${sizes[@]}")
-        medians[$vmm-data]=$(median "${datas[@]}")
+        told_of $vmm
     done
-    goal 'bytes with tags, over those that are none' "$(ratio "${medians[tagvisor-bytes]}" "${medians[tagvisor-data]}")" "$3"
-    printf '  %-52s %8s\n' 'bytes, over the other guest' "$(ratio "${medians[tagvisor-bytes]}" "${medians[plain-bytes]}")"
-    goal 'total time' "$(ratio "${medians[tagvisor-total]}" "${medians[plain-total]}")" 1.050
+    goal 'bytes with tags, over those that are none' "$(paired "${sizes[tagvisor]}" "${datas[tagvisor]}")" "$3"
+    printf '  %-52s %8s\n' 'bytes, over the other guest' "$(paired "${sizes[tagvisor]}" "${sizes[plain]}")"
+    goal 'total time, round by round' "$(paired "${totals[tagvisor]}" "${totals[plain]}")" 1.050
 }
 
 # several: two connections against one.
 several() {
-    local connections
+    local vmm
     echo "An idle guest, Tagvisor, tcp ($rounds moves each)"
-    for connections in 1 2; do
-        travel tagvisor "$idle" tcp "$rounds" never
-        tagvisor_end "$here"
-        printf '  %s connections: total %8s ms   (%s)\n' $connections "$(ms "$(median "${totals[@]}")")" "$(ms "${totals[@]}")"
+    in_turn "$idle" tcp tagvisor double
+    for vmm in tagvisor double; do
+        told_of $vmm
     done
+    printf '  %-52s %8s\n' 'total time, two connections over one' "$(paired "${totals[double]}" "${totals[tagvisor]}")"
 }
 
 # post_copy: a guest that rewrites memory moves at once, and its pages follow.
@@ -232,11 +263,14 @@ post_copy() {
     for vmm in "${vmms[@]}"; do
         waits=() all=() words=()
         for ((round = 0; round < rounds; round++)); do
-            travel "$vmm" "$steady" unix 1 now
-            all+=("${blackouts[@]}") words+=("$told")
+            embark "$vmm" "$steady"
+            sleep 5
+            move "$vmm" "$steady" unix now
+            sleep 4
+            all+=("$blackout") words+=("$told")
             # Of the seconds after the move, the one in which most stores waited.
-            waits+=("$(sed -n 's/.*\(waits=[1-9].*[0-9]\).*/\1/p' "$here.console" | sort -t= -k2n | tail -n 1)")
-            "${vmm}_end" "$here"
+            waits+=("$(sed -n 's/.*\(waits=[1-9].*[0-9]\).*/\1/p' "${here[$vmm]}.console" | sort -t= -k2n | tail -n 1)")
+            "${vmm}_end" "${here[$vmm]}"
         done
         echo "  ${titles[$vmm]}: blackout median $(ms "$(median "${all[@]}")") ms   ($(ms "${all[@]}"))"
         printf '    the VMM: %s\n' "${words[@]}"
@@ -257,7 +291,8 @@ with_mte() {
     qemu_end tagged
 }
 
-declare -A titles=([qemu]='QEMU, without MTE' [tagvisor]='Tagvisor, MTE' [plain]='Tagvisor, without MTE') medians
+declare -A titles=([qemu]='QEMU, without MTE' [tagvisor]='Tagvisor, MTE' [plain]='Tagvisor, without MTE' [double]='Tagvisor, 2 connections')
+declare -A here totals blackouts sizes datas
 vmms=(qemu tagvisor)
 
 cd "$(mktemp -d)"
