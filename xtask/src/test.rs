@@ -159,6 +159,16 @@ fn native(filter: Option<&str>) -> Result<Part> {
         tests.args(["test", "--no-fail-fast", "--lib", "--bins", "--tests"]);
     }
     tally.add(cargo_tests(tests.args(filter))?);
+    if filter.is_none() {
+        // As tests they count none, and can only fail.
+        let mut benchmarks = cargo();
+        tally.add(cargo_tests(benchmarks.args([
+            "test",
+            "--no-fail-fast",
+            "--bench",
+            "*",
+        ]))?);
+    }
     let mut examples = cargo();
     tally.add(cargo_tests(
         examples

@@ -3,7 +3,7 @@
 //! All of it is as in a migration: [`migration::depart`] on one side, [`migration::Receiver`] on the other, TCP of `transport`
 //! between them, nothing compressed. Beside it stands a plain copy, in the same run and by turns: the same bytes from the same
 //! memory written to as many sockets and read into the same memory, with no record, no check and no tags. The tags are those of a
-//! Python interpreter with a tagged heap.
+//! Python interpreter with a tagged heap. As a test it sends little, and no figure is judged.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -32,14 +32,16 @@ const GOAL: f64 = 0.7;
 const SOON: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
-    // Cargo runs it as a test too, where it has nothing to say.
-    if !std::env::args().any(|arg| arg == "--bench") {
-        return ExitCode::SUCCESS;
-    }
+    let is_test = !std::env::args().any(|arg| arg == "--bench");
+    let (pages, rounds) = if is_test {
+        (1 << 10, 1)
+    } else {
+        (PAGES, ROUNDS)
+    };
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!(
-        "{} MiB over loopback TCP, medians of {ROUNDS} rounds by turns, load at first {}",
-        (PAGES as usize * PAGE_SIZE) >> 20,
+        "{} MiB over loopback TCP, medians of {rounds} rounds by turns, load at first {}",
+        (pages as usize * PAGE_SIZE) >> 20,
         load.trim()
     );
     println!("                       plain copy   migration   migration/plain copy");
@@ -48,38 +50,49 @@ fn main() -> ExitCode {
         ("data", Metadata::None),
         ("data and tags", Metadata::ArmMte),
     ] {
-        let source = Arc::new(Source::new(metadata));
-        let sink = Arc::new(Sink::new(metadata));
+        let source = Arc::new(Source::new(metadata, pages));
+        let sink = Arc::new(Sink::new(metadata, pages));
         for connections in [1, 2] {
-            met &= measure(what, &source, &sink, connections);
+            met &= measure(what, &source, &sink, connections, rounds);
         }
     }
-    match met {
+    match met || is_test {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     }
 }
 
-fn measure(what: &str, source: &Arc<Source>, sink: &Arc<Sink>, connections: u8) -> bool {
+fn measure(
+    what: &str,
+    source: &Arc<Source>,
+    sink: &Arc<Sink>,
+    connections: u8,
+    rounds: usize,
+) -> bool {
     // Both have touched all memory before time is taken.
     plain_copy(source, sink, connections);
     migrate(source, sink, connections);
-    let rounds: Vec<[f64; 2]> = (0..ROUNDS)
+    let bytes = size_of_val(source.data.as_slice()) as f64;
+    let rounds: Vec<[f64; 2]> = (0..rounds)
         .map(|_| {
             [
                 plain_copy(source, sink, connections),
                 migrate(source, sink, connections),
             ]
-            .map(|time| (PAGES as usize * PAGE_SIZE) as f64 / 1e9 / time.as_secs_f64())
+            .map(|time| bytes / 1e9 / time.as_secs_f64())
         })
         .collect();
     let [plain, migration] =
         [0, 1].map(|which| median(rounds.iter().map(|round| round[which]).collect()));
     let ratio = median(rounds.iter().map(|[plain, ours]| ours / plain).collect());
-    let verdict = if ratio >= GOAL { "reached" } else { "MISSED" };
+    let goal = match (rounds.len(), ratio >= GOAL) {
+        (1, _) => String::new(),
+        (_, true) => format!("   goal: at least {GOAL:.2}   reached"),
+        (_, false) => format!("   goal: at least {GOAL:.2}   MISSED"),
+    };
     let links = if connections == 1 { "link " } else { "links" };
     println!(
-        "  {what:13} {connections} {links} {plain:6.2} GB/s {migration:6.2} GB/s {ratio:12.2}   goal: at least {GOAL:.2}   {verdict}"
+        "  {what:13} {connections} {links} {plain:6.2} GB/s {migration:6.2} GB/s {ratio:12.2}{goal}"
     );
     ratio >= GOAL
 }
@@ -149,7 +162,7 @@ fn migrate(source: &Arc<Source>, sink: &Arc<Sink>, connections: u8) -> Duration 
         let Departure::Gone(report) = departure else {
             panic!("it did not arrive: {departure:?}");
         };
-        assert_eq!(report.pages, PAGES);
+        assert_eq!(report.pages, source.pages().end);
         begun.elapsed()
     });
     sink.is_like(source);
@@ -164,10 +177,10 @@ struct Source {
 }
 
 impl Source {
-    fn new(metadata: Metadata) -> Self {
+    fn new(metadata: Metadata, pages: u64) -> Self {
         let corpus = corpus();
         let mut state = 1u64;
-        let data = (0..PAGES).map(|_| {
+        let data = (0..pages).map(|_| {
             let mut page = [0; PAGE_SIZE];
             for word in page.as_chunks_mut().0 {
                 state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
@@ -178,8 +191,12 @@ impl Source {
         Self {
             metadata,
             data: data.collect(),
-            tags: corpus.into_iter().cycle().take(PAGES as usize).collect(),
+            tags: corpus.into_iter().cycle().take(pages as usize).collect(),
         }
+    }
+
+    fn pages(&self) -> Range<u64> {
+        0..self.data.len() as u64
     }
 }
 
@@ -215,7 +232,8 @@ impl PageSource for Source {
     }
 
     fn next_run(&self, from: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((from < PAGES).then_some(from..PAGES))
+        let end = self.pages().end;
+        Ok((from < end).then_some(from..end))
     }
 
     fn read(&self, first: u64, data: &mut [Page], tags: &mut [TagPage]) -> io::Result<()> {
@@ -238,7 +256,7 @@ struct Block {
 }
 
 impl Sink {
-    fn new(metadata: Metadata) -> Self {
+    fn new(metadata: Metadata, pages: u64) -> Self {
         let block = || {
             let data = vec![[0; PAGE_SIZE]; AT_ONCE].into_boxed_slice();
             Mutex::new(Block {
@@ -248,7 +266,7 @@ impl Sink {
         };
         Self {
             metadata,
-            blocks: (0..PAGES as usize / AT_ONCE).map(|_| block()).collect(),
+            blocks: (0..pages as usize / AT_ONCE).map(|_| block()).collect(),
         }
     }
 
@@ -312,7 +330,7 @@ impl Departing for Leaver {
     }
 
     fn changes(&mut self) -> Result<PageSet, MachineError> {
-        Ok(PageSet::none(0..PAGES))
+        Ok(PageSet::none(self.0.pages()))
     }
 
     fn slow(&mut self, _: u8) {}
@@ -344,7 +362,7 @@ impl Arriving for Comer {
     }
 
     fn pages(&self) -> Range<u64> {
-        0..PAGES
+        0..(self.0.blocks.len() * AT_ONCE) as u64
     }
 
     fn fetches(&self) -> Result<u8, MachineError> {
