@@ -39,6 +39,7 @@ pub struct RegisterValue {
     /// Which.
     pub id: RegisterId,
     /// What it holds.
+    #[serde(with = "hexadecimal")]
     pub value: Vec<u8>,
 }
 
@@ -148,4 +149,83 @@ pub enum GicRegister {
     CpuInterface(u32, u32),
     /// The input lines of 32 interrupts from this number on; those below 32 are a vCPU's own, by its affinity.
     Lines(u32, u32),
+}
+
+/// Bytes as two digits each: there are hundreds of registers, a guest stands still while they are read, and a list of numbers takes
+/// three times as long. Such lists, which were written before, are read too.
+mod hexadecimal {
+    use std::fmt;
+
+    use data_encoding::HEXLOWER;
+    use serde::de::{Error, SeqAccess, Visitor};
+    use serde::{Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&HEXLOWER.encode_display(bytes))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<u8>, D::Error> {
+        deserializer.deserialize_any(Bytes)
+    }
+
+    struct Bytes;
+
+    impl<'de> Visitor<'de> for Bytes {
+        type Value = Vec<u8>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a register's bytes, in lower-case hexadecimal")
+        }
+
+        fn visit_str<E: Error>(self, digits: &str) -> Result<Vec<u8>, E> {
+            HEXLOWER.decode(digits.as_bytes()).map_err(E::custom)
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut numbers: A) -> Result<Vec<u8>, A::Error> {
+            let mut bytes = Vec::new();
+            while let Some(byte) = numbers.next_element()? {
+                bytes.push(byte);
+            }
+            Ok(bytes)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(value: &str) -> serde_json::Result<Vec<u8>> {
+        let id = RegisterId::PC.to_kvm();
+        let json = format!(r#"{{"id":{id},"value":{value}}}"#);
+        serde_json::from_str::<RegisterValue>(&json).map(|register| register.value)
+    }
+
+    #[test]
+    fn a_register_is_written_in_hexadecimal_and_read_again() {
+        let register = RegisterValue {
+            id: RegisterId::PC,
+            value: vec![0, 0, 0xe0, 0x40, 0xff, 0, 0, 0],
+        };
+
+        let json = serde_json::to_string(&register).unwrap();
+
+        assert!(json.contains(r#""0000e040ff000000""#), "{json}");
+        let read: RegisterValue = serde_json::from_str(&json).unwrap();
+        assert_eq!(read, register);
+    }
+
+    #[test]
+    fn a_register_that_was_written_as_numbers_is_read() {
+        assert_eq!(parse("[0,0,224,64]").unwrap(), [0, 0, 0xe0, 0x40]);
+    }
+
+    #[test]
+    fn what_is_no_bytes_is_refused() {
+        for value in [r#""0""#, r#""0g""#, r#""E0""#, "[256]", "[-1]", "7", "null"] {
+            assert!(parse(value).is_err(), "{value}");
+        }
+    }
 }

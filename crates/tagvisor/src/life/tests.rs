@@ -595,7 +595,7 @@ fn a_saved_state_of_another_version_is_refused_by_its_number() {
         Some((version + u32::from(name == "machine"), data.into()))
     });
     assert!(
-        refusal.ends_with("`machine` has version 2, this Tagvisor reads version 1"),
+        refusal.ends_with("`machine` has version 3, this Tagvisor reads versions 1 to 2"),
         "{refusal}"
     );
 }

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use stream::{Batch, Metadata, PageSet};
 
 use super::dirty_log::DirtyLog;
-use super::snapshot::{ARCHITECTURE, CONFIG, MACHINE, PLATFORM, Platform, STATE_VERSION};
+use super::snapshot::{ARCHITECTURE, CONFIG, MACHINE, PLATFORM, Platform, READABLE, STATE_VERSION};
 use super::{Machine, MachineState, Standing, VcpuOf, VmOf};
 use crate::config::{MachineConfig, OverlayConfig};
 use crate::memory::lazy::{self, Before, ChunkReader, Event, LazyFill, PageProvider, Threads};
@@ -54,7 +54,8 @@ pub enum Error {
     StateMissing(&'static str),
     /// A state of a version that this Tagvisor does not know.
     #[error(
-        "the state `{name}` that was sent has version {version}, this Tagvisor reads version {STATE_VERSION}"
+        "the state `{name}` that was sent has version {version}, this Tagvisor reads versions {} to {}",
+        READABLE.start(), READABLE.end()
     )]
     StateVersion {
         /// Which.
@@ -125,7 +126,7 @@ fn saved<T: Serialize>(name: &str, value: &T) -> SavedState {
 fn parse<T: DeserializeOwned>(states: &[SavedState], name: &'static str) -> Result<T, Error> {
     let found = states.iter().find(|state| state.name == name);
     let state = found.ok_or(Error::StateMissing(name))?;
-    if state.version != STATE_VERSION {
+    if !READABLE.contains(&state.version) {
         return Err(Error::StateVersion {
             name,
             version: state.version,

@@ -21,6 +21,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
+use std::ops::RangeInclusive;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -50,8 +51,10 @@ use crate::memory::tags::TagStore;
 use crate::memory::untagged::Untagged;
 use crate::memory::{GuestMemory, MemoryPlan};
 
-/// The version of the states' formats.
-pub(super) const STATE_VERSION: u32 = 1;
+/// The version of the states' formats: 2 has the values of registers in hexadecimal, 1 had lists of numbers.
+pub(super) const STATE_VERSION: u32 = 2;
+/// Those that can be read.
+pub(super) const READABLE: RangeInclusive<u32> = 1..=STATE_VERSION;
 pub(super) const CONFIG: &str = "config";
 pub(super) const PLATFORM: &str = "platform";
 pub(super) const MACHINE: &str = "machine";
@@ -112,7 +115,8 @@ pub enum ReadError {
     StateMissing(&'static str),
     /// A state of a version that this Tagvisor does not know.
     #[error(
-        "its saved state `{name}` has version {version}, this Tagvisor reads version {STATE_VERSION}"
+        "its saved state `{name}` has version {version}, this Tagvisor reads versions {} to {}",
+        READABLE.start(), READABLE.end()
     )]
     StateVersion {
         /// Which.
@@ -354,7 +358,7 @@ fn parse<T: DeserializeOwned>(
 ) -> Result<T, ReadError> {
     let found = states.iter().find(|(found, ..)| found == name);
     let (_, version, data) = found.ok_or(ReadError::StateMissing(name))?;
-    if *version != STATE_VERSION {
+    if !READABLE.contains(version) {
         return Err(ReadError::StateVersion {
             name,
             version: *version,
