@@ -282,15 +282,17 @@ impl Receiver {
             threads.extend(place_on_a_thread(link, number, sink, tally)?);
         }
         let received = self
-            .rounds(control, &tally, guest.pages(), progress)
-            .and_then(|(states, missing)| {
-                // Their ends came before the word of the hand-over was sent.
-                join(&mut threads);
-                let peer = match missing.is_empty() {
+            .rounds(control, &tally, guest.pages(), &fetches, progress)
+            .and_then(|handed| {
+                // Their ends were sent before the word of the hand-over was.
+                tally
+                    .wait_for_ends(self.patience)
+                    .map_err(|reason| refuse(control, reason.into()))?;
+                let peer = match handed.missing.is_empty() {
                     true => None,
-                    false => Some(self.peer(control, &missing, fetches, progress)?),
+                    false => Some(self.peer(control, &handed.missing, handed.asking)?),
                 };
-                Ok((states, missing, peer))
+                Ok((handed.states, handed.missing, peer))
             });
         closers.iter().for_each(|close| close());
         join(&mut threads);
@@ -302,29 +304,26 @@ impl Receiver {
         Ok((missing, peer))
     }
 
-    fn peer(
-        &self,
-        control: &mut Link,
-        missing: &PageSet,
-        fetches: Result<u8, MachineError>,
-        progress: &Progress,
-    ) -> Result<Arc<Peer>> {
-        let requests = fetches.map_err(|reason| refuse(control, reason))?;
-        let links = self.links(Purpose::Requests, requests, progress)?;
+    fn peer(&self, control: &Link, missing: &PageSet, links: Vec<Link>) -> Result<Arc<Peer>> {
+        if links.is_empty() {
+            return Err(control.unexpected("pages that stay behind", "links to ask for them"));
+        }
         Peer::set_patience(&links, self.patience)?;
         Ok(Arc::new(Peer::new(control.metadata(), missing, links)))
     }
 
-    /// Acknowledges rounds until the guest is handed over. Returns its state, and which pages stay at the source.
+    /// Acknowledges rounds until the guest is handed over. Pages can stay behind if it `fetches`, by so many links.
     fn rounds(
         &self,
         control: &mut Link,
         tally: &Tally,
         pages: Range<u64>,
+        fetches: &Result<u8, MachineError>,
         progress: &Progress,
-    ) -> Result<(Vec<SavedState>, PageSet)> {
+    ) -> Result<HandedOver> {
         let mut states = States::default();
         let mut missing = PageSet::none(pages.clone());
+        let mut asking = Vec::new();
         let mut none = Batch::new(control.metadata());
         loop {
             if progress.is_cancelled() {
@@ -353,12 +352,33 @@ impl Receiver {
                         Err(reason) => return Err(refuse(control, reason.into())),
                     }
                 }
-                Incoming::Word(Word::HandOver) => return Ok((states.list, missing)),
+                Incoming::Word(Word::PostCopy) if asking.is_empty() => {
+                    asking = match fetches {
+                        Ok(requests) => self.links(Purpose::Requests, *requests, progress)?,
+                        Err(reason) => return Err(refuse(control, reason.to_string().into())),
+                    };
+                }
+                Incoming::Word(Word::HandOver) => {
+                    return Ok(HandedOver {
+                        states: states.list,
+                        missing,
+                        asking,
+                    });
+                }
                 Incoming::Word(Word::Abort) => return Err(given_up(control)),
                 other => return Err(control.unexpected(other.name(), "a round")),
             }
         }
     }
+}
+
+/// What a guest is when it was handed over.
+struct HandedOver {
+    states: Vec<SavedState>,
+    /// Pages that stay at the source.
+    missing: PageSet,
+    /// Links that they can be asked for on.
+    asking: Vec<Link>,
 }
 
 fn given_up(control: &Link) -> Error {
@@ -454,6 +474,8 @@ struct Tally {
 struct Counts {
     /// The round that each link has ended.
     rounds: Vec<u32>,
+    /// Links that nothing more comes on.
+    ended: usize,
     pages: u64,
     failed: Option<String>,
 }
@@ -463,6 +485,7 @@ impl Tally {
         Self {
             counts: Mutex::new(Counts {
                 rounds: vec![0; links],
+                ended: 0,
                 pages: 0,
                 failed: None,
             }),
@@ -498,6 +521,21 @@ impl Tally {
         }
         Ok(counts.pages)
     }
+
+    /// Waits until nothing more comes on any link.
+    fn wait_for_ends(&self, patience: Duration) -> std::result::Result<(), String> {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let (counts, _) = self
+            .changed
+            .wait_timeout_while(counts, patience, |counts| {
+                counts.ended < counts.rounds.len()
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        match counts.ended == counts.rounds.len() {
+            true => Ok(()),
+            false => Err("a link for pages did not come to its end".into()),
+        }
+    }
 }
 
 /// Places the pages that come over a link, until its end. A fuzzer knows all that comes, and needs no thread.
@@ -530,6 +568,7 @@ fn place_until_its_end(link: &mut Link, number: usize, sink: &impl PageSink, tal
         // The source notices, and asks why.
         link.closer()();
     }
+    tally.change(|counts| counts.ended += 1);
 }
 
 fn place(link: &mut Link, number: usize, sink: &impl PageSink, tally: &Tally) -> Result<()> {

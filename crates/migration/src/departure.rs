@@ -476,7 +476,7 @@ impl<G: Departing> Leaving<'_, G> {
         Ok(sent)
     }
 
-    /// Stops the guest, sends the last of it, and gives it away.
+    /// Stops the guest, sends the last of it, and gives it away. If pages may stay, it is made ready before that they can be asked for.
     fn hand_over(
         &mut self,
         control: &mut Link,
@@ -484,6 +484,14 @@ impl<G: Departing> Leaving<'_, G> {
         requests: u8,
         pages_may_stay: bool,
     ) -> Result<()> {
+        let asked = match pages_may_stay {
+            // While the guest runs still: it takes as long as all else that it stands still for.
+            true => {
+                control.say(&Word::PostCopy)?;
+                self.open_all(Purpose::Requests, requests)?
+            }
+            false => Vec::new(),
+        };
         let stopped = Instant::now();
         self.stopped = Some(stopped);
         self.step(SourceEvent::Stop)?;
@@ -518,10 +526,6 @@ impl<G: Departing> Leaving<'_, G> {
         let stay: Vec<_> = self.missing.runs().collect();
         control.holes(&stay)?;
         control.say(&Word::HandOver)?;
-        let asked = match pages_stay {
-            true => self.open_all(Purpose::Requests, requests)?,
-            false => Vec::new(),
-        };
         match control.hear()? {
             Word::Ready => {}
             other => return Err(control.unexpected(other.name(), "readiness")),

@@ -9,7 +9,7 @@ use stream::{MAX_PAGE, StreamId};
 use crate::handover::Destination;
 
 /// The version of what follows. Both sides must have the same.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// The message number of a [`Word`].
 pub const WORD: u8 = 0;
@@ -124,6 +124,8 @@ pub enum Word {
         /// Pages placed since the beginning.
         pages: u64,
     },
+    /// Source, while the guest runs still: some pages will stay behind, and the links on which they can be asked for follow.
+    PostCopy,
     /// Source: the saved states before this are the stopped guest's, and the holes before it are pages that stay
     /// behind.
     HandOver,
@@ -154,6 +156,7 @@ impl Word {
             Self::Sending => "that it is sending",
             Self::RoundEnd { .. } => "the end of a round",
             Self::RoundDone { .. } => "the receipt of a round",
+            Self::PostCopy => "that pages will stay behind",
             Self::HandOver => "the hand-over",
             Self::Ready => "readiness",
             Self::Run => "the word to run",

@@ -1,6 +1,7 @@
 //! A destination that answers what it should not: bytes known beforehand, with right checks.
 
 use std::io::{self, Cursor, Read, Write};
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use stream::{Chunk, Compression, Encoder, Header, Metadata, State, StreamWriter}
 
 const LONG: Duration = Duration::from_secs(20);
 const WELCOME: &[u8] = br#"{"word":"welcome"}"#;
-const HELLO: &[u8] = br#"{"word":"hello","protocol":1,"tagvisor":"1","session":"00000000000000000000000000000001","purpose":{"migrate":{"pages":1}}}"#;
+const MIGRATE: &str = r#"{"migrate":{"pages":1,"post_copy":true}}"#;
 
 /// A stream of the chunks that `make` makes after a welcome.
 fn answers(make: impl FnOnce(&mut Encoder, &mut Chunk)) -> Vec<u8> {
@@ -51,23 +52,118 @@ fn a_destination_that_wants_more_links_than_may_be_is_refused() {
     assert!(reason.contains("too many links"), "{reason}");
 }
 
+/// A link of a source: a stream of chunks, made one after the other.
+struct Spoken<W: Write> {
+    encoder: Encoder,
+    writer: StreamWriter<W>,
+    chunk: Chunk,
+}
+
+impl<W: Write> Spoken<W> {
+    /// It begins with the greeting of a link for this purpose.
+    fn to(wire: W, purpose: &str) -> Self {
+        let header = Header::of_connection(Metadata::ArmMte).unwrap();
+        let encoder = Encoder::new(&header, Compression::None).unwrap();
+        let spoken = Self {
+            encoder,
+            writer: StreamWriter::new(wire, header).unwrap(),
+            chunk: Chunk::new(),
+        };
+        let session = "00000000000000000000000000000001";
+        let protocol = migration::PROTOCOL;
+        spoken.word(&format!(
+            r#"{{"word":"hello","protocol":{protocol},"tagvisor":"1","session":"{session}","purpose":{purpose}}}"#
+        ))
+    }
+
+    fn word(mut self, word: &str) -> Self {
+        let chunk = &mut self.chunk;
+        self.encoder.message(0, word.as_bytes(), chunk).unwrap();
+        self.written()
+    }
+
+    fn state(mut self, name: &str, data: &[u8]) -> Self {
+        let state = State {
+            name,
+            version: 1,
+            data: data.into(),
+        };
+        self.encoder.state(&state, &mut self.chunk).unwrap();
+        self.written()
+    }
+
+    fn holes(mut self, pages: std::ops::Range<u64>) -> Self {
+        self.encoder.holes(&[pages], &mut self.chunk).unwrap();
+        self.written()
+    }
+
+    fn end(self) -> W {
+        self.writer.finish().unwrap().0
+    }
+
+    fn written(mut self) -> Self {
+        self.writer.write(&self.chunk).unwrap();
+        self
+    }
+}
+
 /// The links of a source that begins an offer, and never ends it.
 fn beginning_of_an_offer() -> Vec<u8> {
-    let header = Header::of_connection(Metadata::ArmMte).unwrap();
-    let mut encoder = Encoder::new(&header, Compression::None).unwrap();
     let mut bytes = Vec::new();
-    let mut writer = StreamWriter::new(&mut bytes, header).unwrap();
-    let mut chunk = Chunk::new();
-    encoder.message(0, HELLO, &mut chunk).unwrap();
-    writer.write(&chunk).unwrap();
-    let state = State {
-        name: "machine",
-        version: 1,
-        data: vec![7; 1 << 16].into(),
-    };
-    encoder.state(&state, &mut chunk).unwrap();
-    writer.write(&chunk).unwrap();
+    Spoken::to(&mut bytes, MIGRATE).state("machine", &vec![7; 1 << 16]);
     bytes
+}
+
+type Wired = Spoken<Box<dyn Wire>>;
+
+/// Why a destination ends a migration in which this is said on the control link after the offer, and on the one for pages.
+fn reason_to_end<K>(
+    control: impl FnOnce(Wired) -> Wired,
+    pages: impl FnOnce(Wired) -> K,
+) -> String {
+    let (network, door) = Network::new();
+    let line = double::Line(network);
+    let offer = Spoken::to(line.dial().unwrap(), MIGRATE)
+        .state("config", b"one cpu")
+        .word(r#"{"word":"offer"}"#);
+    let mut comer = Comer::new(u64::MAX);
+    let accepted = comer.accepted.clone();
+    let arriving = thread::spawn(move || {
+        let receiver = Receiver::new(door, Duration::from_secs(1)).unwrap();
+        match receiver.receive(&mut comer, &Progress::default()) {
+            Ok(_) => panic!("it was believed"),
+            Err(error) => error.to_string(),
+        }
+    });
+    let begun = Instant::now();
+    while !accepted.load(SeqCst) {
+        assert!(begun.elapsed() < LONG);
+        thread::sleep(Duration::from_millis(1));
+    }
+    let _pages = pages(Spoken::to(line.dial().unwrap(), r#""pages""#));
+    let _control = control(offer);
+    arriving.join().unwrap()
+}
+
+fn hands_over(spoken: Wired) -> Wired {
+    spoken
+        .state("machine", b"registers")
+        .holes(double::FIRST..double::FIRST + 1)
+        .word(r#"{"word":"hand_over"}"#)
+}
+
+#[test]
+fn pages_that_stay_behind_without_links_to_ask_for_them_are_refused() {
+    let reason = reason_to_end(hands_over, Spoken::end);
+
+    assert!(reason.contains("links to ask for them"), "{reason}");
+}
+
+#[test]
+fn a_source_that_hands_over_and_does_not_end_its_links_for_pages_is_given_up() {
+    let reason = reason_to_end(hands_over, |pages| pages);
+
+    assert!(reason.contains("did not come to its end"), "{reason}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod double;
 
+use std::io;
 use std::num::NonZeroU8;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -11,8 +12,8 @@ use std::time::{Duration, Instant};
 use double::{Comer, FIRST, Last, Leaver, Line, Memory, Network};
 use migration::handover::{Destination, Source};
 use migration::{
-    Away, Decider, Departure, Error, Filling, Options, PostCopy, Progress, Receiver, Report,
-    Verdict, depart,
+    Away, Decider, Departure, Dial, Error, Filling, Options, PostCopy, Progress, Receiver, Report,
+    Verdict, Wire, depart,
 };
 
 const LONG: Duration = Duration::from_secs(20);
@@ -239,6 +240,42 @@ fn a_guest_goes_on_by_post_copy_and_fetches_what_stayed_behind() {
     assert!(report.fetched >= 256 && report.pages == 0, "{report:?}");
     assert_eq!(there.state(), Some(Destination::Complete));
     assert!(same(&guest.memory, &there.memory));
+}
+
+/// A line that is only dialled while the guest runs.
+struct WhileItRuns(Line, Arc<AtomicBool>);
+
+impl Dial for WhileItRuns {
+    fn dial(&self) -> io::Result<Box<dyn Wire>> {
+        match self.1.load(SeqCst) {
+            true => self.0.dial(),
+            false => Err(io::Error::other("the guest stands still")),
+        }
+    }
+
+    fn peer(&self) -> String {
+        self.0.peer()
+    }
+}
+
+#[test]
+fn a_guest_does_not_stand_still_for_connections_to_be_made() {
+    for post_copy in [PostCopy::Never, PostCopy::Auto, PostCopy::Now] {
+        let (network, door) = Network::new();
+        let mut guest = Leaver::new(1);
+        let mut there = destination(door, Comer::new(u64::MAX));
+        let line = WhileItRuns(Line(network), guest.runs.clone());
+
+        went(depart(
+            &mut guest,
+            &line,
+            &options(post_copy),
+            &Progress::default(),
+        ));
+        there.join();
+
+        assert!(same(&guest.memory, &there.memory));
+    }
 }
 
 #[test]

@@ -94,8 +94,9 @@ pub fn say(metadata: Metadata, program: &[u8], first: impl Fn(usize, u8, u8) -> 
     said
 }
 
-const WORDS: [&str; 8] = [
+const WORDS: [&str; 9] = [
     "offer",
+    "post_copy",
     "hand_over",
     "run",
     "abort",

@@ -71,7 +71,7 @@ fn greeting(link: usize, links: u8, how: u8, more: u8) -> String {
         _ => format!(r#"{{"back":{{"kept":{}}}}}"#, more % 2 == 1),
     };
     let session = if more == 0xff { "2" } else { SESSION };
-    let protocol = if more == 0xfe { 2 } else { 1 };
+    let protocol = if more == 0xfe { 1 } else { 2 };
     format!(
         r#"{{"word":"hello","protocol":{protocol},"tagvisor":"1","session":"{session}","purpose":{purpose}}}"#
     )
