@@ -124,7 +124,7 @@ pub enum Word {
         /// Pages placed since the beginning.
         pages: u64,
     },
-    /// Source, while the guest runs still: some pages will stay behind, and the links on which they can be asked for follow.
+    /// Source, while the guest runs still: pages may stay behind, and the links on which they can be asked for follow.
     PostCopy,
     /// Source: the saved states before this are the stopped guest's, and the holes before it are pages that stay
     /// behind.
@@ -156,7 +156,7 @@ impl Word {
             Self::Sending => "that it is sending",
             Self::RoundEnd { .. } => "the end of a round",
             Self::RoundDone { .. } => "the receipt of a round",
-            Self::PostCopy => "that pages will stay behind",
+            Self::PostCopy => "that pages may stay behind",
             Self::HandOver => "the hand-over",
             Self::Ready => "readiness",
             Self::Run => "the word to run",

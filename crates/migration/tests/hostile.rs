@@ -1,4 +1,5 @@
-//! A destination that answers what it should not: bytes known beforehand, with right checks.
+//! Peers that lie, with right checks: a destination that answers what it should not, and sources that say what they should not,
+//! dribble, say nothing, or do not come to an end.
 
 use std::io::{self, Cursor, Read, Write};
 use std::sync::atomic::Ordering::SeqCst;

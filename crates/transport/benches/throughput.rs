@@ -28,19 +28,16 @@ fn main() {
     let tcp: Address = "tcp://127.0.0.1:0".parse().unwrap();
     let unix = Address::Unix(directory.path().join("socket"));
 
-    report("bare TCP socket", chunks, bare);
-    report("plain, TCP", chunks, |chunks| run(&tcp, chunks, None));
-    report("plain, Unix socket", chunks, |chunks| {
-        run(&unix, chunks, None)
-    });
-    report("TLS, TCP", chunks, |chunks| {
-        run(&tcp, chunks, Some((&receiver, &sender)))
-    });
+    report("bare TCP socket", chunks, || bare(chunks));
+    report("plain, TCP", chunks, || run(&tcp, chunks, None));
+    report("plain, Unix socket", chunks, || run(&unix, chunks, None));
+    let identities = Some((&receiver, &sender));
+    report("TLS, TCP", chunks, || run(&tcp, chunks, identities));
 }
 
-fn report(name: &str, chunks: usize, run: impl Fn(usize) -> Duration) {
+fn report(name: &str, chunks: usize, run: impl Fn() -> Duration) {
     let mut rates: Vec<f64> = (0..RUNS)
-        .map(|_| (chunks * CHUNK) as f64 / 1e9 / run(chunks).as_secs_f64())
+        .map(|_| (chunks * CHUNK) as f64 / 1e9 / run().as_secs_f64())
         .collect();
     rates.sort_by(f64::total_cmp);
     let (least, median, most) = (rates[0], rates[RUNS / 2], rates[RUNS - 1]);
