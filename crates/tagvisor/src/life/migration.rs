@@ -217,46 +217,44 @@ where
                 state,
             });
         }
-        let away = self.between.away.take();
-        if away.is_none() {
+        let is_away = self.between.away.is_some();
+        // Whatever is refused, a guest between two hosts stays there.
+        let refusal = |reason| match is_away {
+            true => Refusal::Unsettled(reason),
+            false => Refusal::Failed(reason),
+        };
+        if !is_away {
             let unsettled = |refusal: Refusal| Refusal::Unsettled(refusal.to_string());
             self.between.check().map_err(unsettled)?;
             self.settle()?;
         }
-        if request.recover != away.is_some() {
-            let refusal = match &away {
-                Some(away) => Refusal::Unsettled(what_to_do_here(away)),
-                None => Refusal::Failed("there is no migration whose link could be mended".into()),
-            };
-            self.between.away = away;
-            return Err(refusal);
-        }
-        let line = match Line::new(request) {
-            Ok(line) => line,
-            Err(error) => {
-                let refusal = match &away {
-                    Some(_) => Refusal::Unsettled(error.to_string()),
-                    None => Refusal::Failed(error.to_string()),
-                };
-                self.between.away = away;
-                return Err(refusal);
+        match &self.between.away {
+            Some(away) if !request.recover => return Err(refusal(what_to_do_here(away))),
+            None if request.recover => {
+                let reason = "there is no migration whose link could be mended";
+                return Err(refusal(reason.into()));
             }
-        };
-        let config = match &self.tenant {
-            // The destination may stand elsewhere.
-            Some(tenant) => failed(tenant.config.clone().with_absolute_paths())?,
-            None => return Err(Refusal::NoVm),
-        };
+            _ => {}
+        }
+        let line = Line::new(request).map_err(|e| refusal(e.to_string()))?;
+        let tenant = self.tenant.as_mut().ok_or(Refusal::NoVm)?;
+        // The destination may stand elsewhere.
+        let config = tenant.config.clone().with_absolute_paths();
+        let config = config.map_err(|e| refusal(e.to_string()))?;
+        let machine = tenant.machine.as_mut().ok_or(Refusal::State {
+            wanted: "migrated",
+            state,
+        })?;
         let shared = self.shared.clone();
         let progress = Arc::new(migration::Progress::default());
         shared.known().migration = Some(("migrate", progress.clone()));
         if shared.has_ended() {
             progress.cancel();
         }
-        let machine = self.machine_in(state, "migrated")?;
         let mut guest = Leaving::new(machine, &config);
         let options = options_of(request);
-        let departure = match away {
+        // What is taken out here is kept by `after`: between, nothing is refused.
+        let departure = match self.between.away.take() {
             Some(away) => away.recover(&mut guest, &line, &options, &progress),
             None => depart(&mut guest, &line, &options, &progress),
         };
