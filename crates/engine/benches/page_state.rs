@@ -3,9 +3,11 @@
 //! Seed 001's objection to one lock was that start-up, resume and migration fault pages in on many
 //! CPUs at once. Here each thread makes the tags of pages of its own valid, as a fault handler does
 //! on first touch: claims the page, clears its 256 tags, publishes them. `cargo bench -p engine`
-//! prints pages a second by number of threads, and how they scale. The best of several runs counts,
-//! for others may use the machine meanwhile. As a test it is run once, and measures nothing.
+//! prints pages a second by number of threads, and how they scale, and ends with status 1 if the
+//! goal is missed. The best of several runs counts, for others may use the machine meanwhile. As a
+//! test it is run once, and measures nothing.
 
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::thread;
@@ -90,7 +92,7 @@ fn best(runs: usize, threads: usize, touch: impl Fn(&Page) + Sync) -> f64 {
     (PAGES / threads * threads) as f64 / shortest
 }
 
-fn main() {
+fn main() -> ExitCode {
     let is_test = !std::env::args().any(|arg| arg == "--bench");
     let runs = if is_test { 1 } else { RUNS };
     let most = thread::available_parallelism()
@@ -117,8 +119,12 @@ fn main() {
         }
     }
     if is_test {
-        return;
+        return ExitCode::SUCCESS;
     }
-    let verdict = if reached >= GOAL { "reached" } else { "missed" };
+    let (verdict, status) = match reached >= GOAL {
+        true => ("reached", ExitCode::SUCCESS),
+        false => ("missed", ExitCode::FAILURE),
+    };
     println!("two threads against one: {reached:.2} x; goal: at least {GOAL:.1} x, {verdict}");
+    status
 }
