@@ -194,7 +194,7 @@ pub enum ChunkError {
         last: u64,
     },
     /// The data of its pages cannot be decompressed.
-    #[error("data of pages {first:#x} to {last:#x} cannot be decompressed")]
+    #[error("data of pages {first:#x} to {last:#x} are damaged: they cannot be decompressed")]
     PagesData {
         /// The first page number that it says it has.
         first: u64,
@@ -230,7 +230,7 @@ pub enum ChunkError {
     #[error("its tags: {0}")]
     Tags(tagcodec::Error),
     /// Its data, which are not those of pages, cannot be decompressed.
-    #[error("its data cannot be decompressed")]
+    #[error("its contents are damaged: they cannot be decompressed")]
     Data,
     /// The name of a saved state is not one.
     #[error("the name of its saved state is damaged")]

@@ -171,6 +171,13 @@ fn chunks(bytes: &[u8]) -> Vec<std::ops::Range<usize>> {
     found
 }
 
+/// Where the data of a chunk are, behind its head and its metadata.
+fn data_of(bytes: &[u8], chunk: &std::ops::Range<usize>) -> std::ops::Range<usize> {
+    let field = chunk.start + 4;
+    let metadata = u32::from_le_bytes(bytes[field..field + 4].try_into().unwrap());
+    chunk.start + HEAD + metadata as usize..chunk.end
+}
+
 /// The file with these of its chunks.
 fn arranged(bytes: &[u8], order: &[usize]) -> Vec<u8> {
     let chunks = chunks(bytes);
@@ -179,6 +186,31 @@ fn arranged(bytes: &[u8], order: &[usize]) -> Vec<u8> {
         arranged.extend_from_slice(&bytes[chunks[*number].clone()]);
     }
     arranged
+}
+
+#[test]
+fn whatever_a_changed_byte_does_to_the_data_of_a_chunk_the_error_says_damaged() {
+    for compression in COMPRESSIONS {
+        let bytes = write(without_random_data(), compression);
+        let right = read_in_order(&bytes).unwrap();
+        for chunk in chunks(&bytes) {
+            let pages = bytes[chunk.start] == 1;
+            for at in data_of(&bytes, &chunk) {
+                let mut changed = bytes.clone();
+                changed[at] ^= 0x40;
+                match read_in_order(&changed) {
+                    Ok(read) => assert_eq!(read, right, "{compression:?}, byte {at}"),
+                    Err(error) => {
+                        let error = error.to_string();
+                        assert!(
+                            error.contains("damaged") && (!pages || error.contains("of pages 0x")),
+                            "{compression:?}, byte {at}: {error}"
+                        );
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[test]
