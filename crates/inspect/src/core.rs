@@ -251,7 +251,7 @@ impl Layout {
             }
             at += same.len() as u64 * PAGE;
         }
-        if run.tags.iter().any(|tags| *tags != TagPage::ZERO) {
+        if !run.tags.iter().all(TagPage::is_untagged) {
             packed.clear();
             for tags in run.tags {
                 packed.extend_from_slice(tags.as_packed());

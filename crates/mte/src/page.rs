@@ -90,6 +90,16 @@ impl TagPage {
         *self = Self::filled(tag);
     }
 
+    /// Whether no granule has a tag but 0. Most pages are so, and are asked first of all: it looks at words, not at bytes.
+    #[inline]
+    pub fn is_untagged(&self) -> bool {
+        let (words, _) = self.0.as_chunks();
+        let any = words
+            .iter()
+            .fold(0, |any, word| any | u128::from_ne_bytes(*word));
+        any == 0
+    }
+
     /// The tag that all granules have, if they all have the same.
     pub fn uniform(&self) -> Option<Tag> {
         let tag = self.get(0);
@@ -154,6 +164,7 @@ mod tests {
     fn a_filled_page_is_uniform() {
         for tag in Tag::all() {
             assert_eq!(TagPage::filled(tag).uniform(), Some(tag));
+            assert_eq!(TagPage::filled(tag).is_untagged(), tag == Tag::ZERO);
         }
     }
 
@@ -172,6 +183,13 @@ mod tests {
             for other in (0..=u8::MAX).filter(|other| *other != granule) {
                 prop_assert_eq!(after.get(other), before.get(other));
             }
+        }
+
+        #[test]
+        fn one_tag_makes_a_page_not_untagged(granule: u8, value in 1u8..16) {
+            let mut page = TagPage::ZERO;
+            page.set(granule, Tag::from_low_bits(value));
+            prop_assert!(!page.is_untagged());
         }
 
         #[test]

@@ -4,6 +4,7 @@
 //! needs an accident to get past one chunk in 2^64. It proves nothing about who wrote a stream;
 //! that is for the connection (TLS) or for who may write the file.
 
+use mte::TagPage;
 use twox_hash::XxHash3_64;
 
 use crate::wire::PAGE_SIZE;
@@ -29,15 +30,14 @@ pub(crate) fn chained(before: u64, next: u64) -> u64 {
     seeded(before, &next.to_le_bytes())
 }
 
-/// Four bits for 16 bytes.
-const ZERO_TAGS: &[u8] = &[0; PAGE_SIZE / 32];
-
 /// The check of a chunk's pages, as they will be in the guest.
 pub(crate) struct PagesCheck {
     seed: u64,
     of_zero_page: u64,
     /// Of the tags of an untagged page: most pages are.
-    of_zero_tags: u64,
+    of_untagged: u64,
+    /// Of the tags of a page of a stream without tags.
+    of_no_tags: u64,
     /// Number, check of the data, check of the tags, for each page.
     records: Vec<u8>,
 }
@@ -47,7 +47,8 @@ impl PagesCheck {
         Self {
             seed,
             of_zero_page: XxHash3_64::oneshot(&[0; PAGE_SIZE]),
-            of_zero_tags: XxHash3_64::oneshot(ZERO_TAGS),
+            of_untagged: XxHash3_64::oneshot(TagPage::ZERO.as_packed()),
+            of_no_tags: XxHash3_64::oneshot(&[]),
             records: Vec::new(),
         }
     }
@@ -56,12 +57,18 @@ impl PagesCheck {
         self.records.clear();
     }
 
-    /// Adds a page. Data of `None` are zeros; tags of a stream without are empty.
-    pub(crate) fn add(&mut self, number: u64, data: Option<&[u8; PAGE_SIZE]>, tags: &[u8]) {
+    /// Adds a page. Data of `None` are zeros; tags of `None` are those of a stream without.
+    pub(crate) fn add(
+        &mut self,
+        number: u64,
+        data: Option<&[u8; PAGE_SIZE]>,
+        tags: Option<&TagPage>,
+    ) {
         let data = data.map_or(self.of_zero_page, |data| XxHash3_64::oneshot(data));
-        let tags = match tags == ZERO_TAGS {
-            true => self.of_zero_tags,
-            false => XxHash3_64::oneshot(tags),
+        let tags = match tags {
+            None => self.of_no_tags,
+            Some(tags) if tags.is_untagged() => self.of_untagged,
+            Some(tags) => XxHash3_64::oneshot(tags.as_packed()),
         };
         for field in [number, data, tags] {
             self.records.extend_from_slice(&field.to_le_bytes());

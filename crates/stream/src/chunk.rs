@@ -269,7 +269,6 @@ impl Encoder {
             let zero = *data == ZERO_PAGE;
             zeros |= zero;
             bytes[plane + i / 8] |= u8::from(!zero) << (i % 8);
-            let tags = tags.map_or([].as_slice(), |tags| tags.as_packed());
             self.check.add(number, (!zero).then_some(data), tags);
         }
         let before_tags = bytes.len();
@@ -279,8 +278,11 @@ impl Encoder {
         let tag_bytes = bytes.len() - before_tags;
         let data = if zeros {
             self.gathered.clear();
-            let data = batch.data().iter().filter(|data| **data != ZERO_PAGE);
-            data.for_each(|data| self.gathered.extend_from_slice(data));
+            for (i, data) in batch.data().iter().enumerate() {
+                if is_set(&bytes[plane..], i) {
+                    self.gathered.extend_from_slice(data);
+                }
+            }
             &self.gathered
         } else {
             batch.data().as_flattened()
@@ -528,7 +530,7 @@ impl Decoder {
         let (plane, coded_tags) = meta
             .split_at_checked(head.count.div_ceil(8))
             .ok_or(ChunkError::Length)?;
-        let has_data = |i: usize| plane[i / 8] >> (i % 8) & 1 != 0;
+        let has_data = |i| is_set(plane, i);
         let with_data = (0..head.count).filter(|i| has_data(*i)).count();
         if head.decoded_len != with_data * PAGE_SIZE {
             return Err(ChunkError::Length);
@@ -556,7 +558,6 @@ impl Decoder {
     ) -> Result<(), ChunkError> {
         self.check.begin();
         for (i, (number, data, tags)) in batch.iter().enumerate() {
-            let tags = tags.map_or([].as_slice(), |tags| tags.as_packed());
             self.check.add(number, has_data(i).then_some(data), tags);
         }
         if !matches(self.check.end(), head.content_check) {
@@ -629,6 +630,11 @@ impl Decoder {
         }
         Ok(data)
     }
+}
+
+/// Whether a plane of bits, a page each, has that of page `i`.
+const fn is_set(plane: &[u8], i: usize) -> bool {
+    plane[i / 8] >> (i % 8) & 1 != 0
 }
 
 /// Moves the first pages to those that have data, and clears the others.

@@ -56,7 +56,7 @@ impl Untagged {
             return true;
         };
         let bit = 1 << (page % 64);
-        if *tags == TagPage::ZERO {
+        if tags.is_untagged() {
             return word.load(Ordering::Relaxed) & bit != 0;
         }
         word.fetch_or(bit, Ordering::Relaxed);
