@@ -3,6 +3,8 @@
 # 1, 2 and 4 vCPUs touch 1 GiB of fresh memory, with MTE and without, on small pages and on transparent huge ones: how the
 # host's fault path scales.
 set -euo pipefail
+
+. /lab/benches/figures.bash
 cd "$(mktemp -d)"
 size=$((1 << 30))
 
@@ -12,10 +14,6 @@ touch_us() {
         < /dev/null > console 2>&1 || { cat console >&2; exit 1; }
     grep -q 'payload: ok' console || { cat console >&2; exit 1; }
     sed -n 's/^touch: .*, \([0-9]*\) us.*/\1/p' console
-}
-
-median() {
-    tr ' ' '\n' <<< "$*" | sort -n | sed -n "$((($# + 1) / 2))p"
 }
 
 # curve PAGES ROUNDS: a line for each of MTE on and off.

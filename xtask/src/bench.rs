@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use crate::command;
-use crate::compile::Workspace;
+use crate::compile::{Profile, Workspace};
 use crate::lab::{Lab, copy_folder};
 use crate::machine::{Input, Outcome};
 use crate::ports;
@@ -40,7 +40,7 @@ const NATIVE: &[Native] = &[
     },
     Native {
         name: "faults-model",
-        cargo: &["bench", "-p", "engine", "--bench", "page_state"],
+        cargo: &["bench", "-p", "benches", "--bench", "page_state"],
     },
     Native {
         name: "inspect",
@@ -96,7 +96,7 @@ impl Native {
 
 /// Runs scripts, each in a host of its own. Returns how many failed.
 fn in_lab(folder: &Path, scripts: &[Script], rounds: Option<NonZeroU16>) -> Result<u8> {
-    let lab = Lab::open(true)?;
+    let lab = Lab::open(Profile::Release, true)?;
     let rounds = rounds.map(|rounds| format!("export ROUNDS={rounds}\n"));
     let rounds = rounds.as_deref().unwrap_or_default();
     let mut failed = 0;

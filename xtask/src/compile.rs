@@ -32,15 +32,29 @@ pub enum Runs {
     Bare,
 }
 
-/// How programs for Linux are built, and those for bare machines, where nothing can unwind.
-const LINUX_PROFILE: &str = "lab";
-const BARE_PROFILE: &str = "release";
+/// How programs for Linux are built. Those for bare machines, where nothing can unwind, are always as released.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Profile {
+    /// Quick to build: for tests.
+    Lab,
+    /// What users get: for figures.
+    Release,
+}
 
-impl Runs {
-    fn profile(self) -> &'static str {
+impl Profile {
+    /// Cargo's name for it.
+    fn name(self) -> &'static str {
         match self {
-            Self::Host | Self::Guest => LINUX_PROFILE,
-            Self::Bare => BARE_PROFILE,
+            Self::Lab => "lab",
+            Self::Release => "release",
+        }
+    }
+
+    /// That of a program, if this is that of programs for Linux.
+    fn of(self, runs: Runs) -> Self {
+        match runs {
+            Runs::Host | Runs::Guest => self,
+            Runs::Bare => Self::Release,
         }
     }
 }
@@ -78,11 +92,12 @@ impl Workspace {
             .context("cargo's description of the workspace is not understood")
     }
 
-    /// The packages to build, with where their programs run.
-    fn wanted(&self) -> Vec<(&Package, Runs)> {
+    /// The packages to build, with where their programs run. Those that are tests have no figures.
+    fn wanted(&self, profile: Profile) -> Vec<(&Package, Runs)> {
         let guests = self.workspace_root.join("guest");
         let place = |package: &Package| match package.name.as_str() {
-            "tagvisor" | "conformance" | "benches" | "lab-tests" | "peer" => Some(Runs::Host),
+            "tagvisor" | "benches" | "peer" => Some(Runs::Host),
+            "conformance" | "lab-tests" => (profile == Profile::Lab).then_some(Runs::Host),
             _ if package.manifest_path.starts_with(&guests) => Some(package.guest_kind()),
             _ => None,
         };
@@ -114,27 +129,37 @@ impl Package {
 }
 
 /// Builds everything that is out of date and returns all programs.
-pub fn build(workspace: &Workspace, toolchain: &Toolchain) -> Result<Vec<Program>> {
-    for profile in [LINUX_PROFILE, BARE_PROFILE] {
-        build_with(workspace, toolchain, profile)?;
-    }
-    programs(workspace, toolchain)
+pub fn build(
+    workspace: &Workspace,
+    toolchain: &Toolchain,
+    profile: Profile,
+) -> Result<Vec<Program>> {
+    let (bare, linux) = workspace
+        .wanted(profile)
+        .into_iter()
+        .partition(|(_, runs)| *runs == Runs::Bare);
+    build_with(workspace, toolchain, profile, linux)?;
+    build_with(workspace, toolchain, profile.of(Runs::Bare), bare)?;
+    programs(workspace, toolchain, profile)
 }
 
-fn build_with(workspace: &Workspace, toolchain: &Toolchain, profile: &str) -> Result<()> {
-    let mut wanted = workspace.wanted();
-    wanted.retain(|(_, runs)| runs.profile() == profile);
+fn build_with(
+    workspace: &Workspace,
+    toolchain: &Toolchain,
+    profile: Profile,
+    wanted: Vec<(&Package, Runs)>,
+) -> Result<()> {
     if wanted.is_empty() {
         return Ok(());
     }
     let mut cargo = toolchain.cargo("build");
     cargo
-        .args(["--profile", profile, "--bins"])
+        .args(["--profile", profile.name(), "--bins"])
         .current_dir(&workspace.workspace_root);
     cargo
         .arg("--target-dir")
         .arg(workspace.target_directory.join(toolchain.name));
-    for (package, _) in &wanted {
+    for (package, _) in wanted {
         cargo.args(["-p", &package.name]);
     }
     // Cargo's own progress is for a terminal; elsewhere a build that works says nothing.
@@ -148,12 +173,16 @@ fn build_with(workspace: &Workspace, toolchain: &Toolchain, profile: &str) -> Re
 }
 
 /// The programs as they were last built.
-pub fn programs(workspace: &Workspace, toolchain: &Toolchain) -> Result<Vec<Program>> {
+pub fn programs(
+    workspace: &Workspace,
+    toolchain: &Toolchain,
+    profile: Profile,
+) -> Result<Vec<Program>> {
     let folder = workspace.target_directory.join(toolchain.name).join(TARGET);
     let mut programs = Vec::new();
-    for (package, runs) in workspace.wanted() {
+    for (package, runs) in workspace.wanted(profile) {
         for name in package.programs() {
-            let path = folder.join(runs.profile()).join(name);
+            let path = folder.join(profile.of(runs).name()).join(name);
             if path.exists() {
                 programs.push(Program {
                     name: name.to_owned(),

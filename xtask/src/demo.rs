@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::command;
+use crate::compile::Profile;
 use crate::folder::RunFolder;
 use crate::lab::{Lab, copy_folder};
 use crate::machine::{Input, Outcome};
@@ -15,7 +16,7 @@ use crate::{ports, script};
 
 /// Runs the demo and returns its exit status.
 pub fn run() -> Result<u8> {
-    let lab = Lab::open(true)?;
+    let lab = Lab::open(Profile::Lab, true)?;
     let folder = lab.workspace.workspace_root.join("demo");
     let prepare = |lab: &Path| copy_folder(&folder, &lab.join("demo"));
     let wants = script::read(&folder.join("demo.sh"))?.wants;

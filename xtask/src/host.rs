@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use clap::Args;
 
+use crate::compile::Profile;
 use crate::lab::{Choice, Lab};
 use crate::machine::{Input, Outcome, quoted};
 use crate::{ports, progress, terminal};
@@ -48,6 +49,9 @@ pub struct Arguments {
     /// End the host after this many seconds, with status 124
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
+    /// Programs as users get them, which benchmarks measure, not as tests have them
+    #[arg(long)]
+    release: bool,
     /// Take the programs as they are, without building them
     #[arg(long)]
     no_build: bool,
@@ -61,7 +65,11 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     if arguments.command.is_empty() && !terminal::is_interactive() {
         bail!("a shell needs a terminal: name a command after --");
     }
-    let lab = Lab::open(!arguments.no_build)?;
+    let profile = match arguments.release {
+        true => Profile::Release,
+        false => Profile::Lab,
+    };
+    let lab = Lab::open(profile, !arguments.no_build)?;
     let choice = Choice {
         hosts: arguments.hosts,
         cpus: arguments.cpus,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use crate::cache::Cache;
-use crate::compile::{self, Program, Runs, Workspace};
+use crate::compile::{self, Profile, Program, Runs, Workspace};
 use crate::cpio::Archive;
 use crate::folder::RunFolder;
 use crate::kernel::{self, Kernel};
@@ -76,14 +76,14 @@ impl Host {
 
 impl Lab {
     /// Sets up what is missing and, unless `build` is false, builds the programs.
-    pub fn open(build: bool) -> Result<Self> {
+    pub fn open(profile: Profile, build: bool) -> Result<Self> {
         let cache = Cache::open()?;
         let workspace = Workspace::open()?;
         let toolchain = Toolchain::open(&cache)?;
         let programs = if build {
-            compile::build(&workspace, &toolchain)?
+            compile::build(&workspace, &toolchain, profile)?
         } else {
-            compile::programs(&workspace, &toolchain)?
+            compile::programs(&workspace, &toolchain, profile)?
         };
         let tools = Tools::open(&cache)?;
         let tree = kernel::host_tree(&cache, &tools)?;

@@ -88,6 +88,6 @@ fn run(arguments: &Arguments) -> Result<u8> {
             progress::say(&format!("{} is empty", cache.folder().display()));
             Ok(0)
         }
-        Action::Build => lab::Lab::open(true).map(|_| 0),
+        Action::Build => lab::Lab::open(compile::Profile::Lab, true).map(|_| 0),
     }
 }

@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::compile::Workspace;
+use crate::compile::{Profile, Workspace};
 use crate::lab::Lab;
 use crate::progress::say;
 use crate::toolchain::Toolchain;
@@ -113,7 +113,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         parts.push(("native", native(filter)?));
     }
     if !arguments.native {
-        match Lab::open(true) {
+        match Lab::open(Profile::Lab, true) {
             Ok(lab) => {
                 if !only_lab {
                     parts.push(("aarch64", single_programs(&lab, filter)?));

@@ -6,11 +6,11 @@
 #[cfg(target_arch = "aarch64")]
 mod bench {
     use std::error::Error;
-    use std::hint::black_box;
     use std::process::ExitCode;
-    use std::sync::{Arc, Barrier};
+    use std::sync::Arc;
     use std::time::Instant;
 
+    use benches::scaling::{Medians, Plan, Rounds, TWO_CPUS, median};
     use engine::Hypervisor;
     use engine::kvm::KvmHypervisor;
     use mte::{Tag, TagPage};
@@ -133,12 +133,6 @@ mod bench {
         Ok(met)
     }
 
-    /// Rounds of [`scaling`] that count, and how many it makes for them at most.
-    const COUNTED: usize = 15;
-    const ATTEMPTS: usize = 150;
-    /// How much faster two threads are at arithmetic in a round that counts.
-    const TWO_CPUS: f64 = 1.9;
-
     fn scaling() -> Result<bool> {
         const GOAL: f64 = 1.8;
         /// Pages that a thread reaches in each half of the guest's memory.
@@ -146,7 +140,8 @@ mod bench {
         let guest = Guest::new(65536)?;
         guest.fill()?;
         let pages = 2 * SHARE;
-        println!("Two threads against one, {pages} pages, medians of {COUNTED} rounds in which");
+        let counted = Plan::FULL.counted;
+        println!("Two threads against one, {pages} pages, medians of {counted} rounds in which");
         println!("arithmetic before and after was faster by {TWO_CPUS} or more");
         println!("             one thread  two threads   faster by   (arithmetic)   of rounds");
         let mut met = true;
@@ -158,122 +153,32 @@ mod bench {
             for (what, work) in [("read", Guest::read as Work), ("write", Guest::write)] {
                 // The shares are far apart: the emulator notes which tags were written, in a bit for those of 32 pages, and
                 // two CPUs that set bits of one word wait for each other.
-                let (counted, rounds) = rounds(|thread, threads| {
-                    for share in (thread..2).step_by(threads) {
+                let mine = |thread, threads| (thread..2).step_by(threads);
+                let rounds = Rounds::measure(Plan::FULL, mine, |shares| {
+                    for share in shares {
                         let first = share * guest.pages / 2;
                         work(&guest, store, first..first + SHARE);
                     }
                 });
+                let (counted, made) = (rounds.counted(), rounds.made);
                 print!("  {name} {what:6}");
-                if counted.len() < COUNTED {
-                    let counted = counted.len();
-                    println!("not measured: two CPUs were there in {counted} of {rounds} rounds");
+                let Some(medians) = rounds.medians() else {
+                    println!("not measured: two CPUs were there in {counted} of {made} rounds");
                     met &= !has_goal;
                     continue;
-                }
-                let middle = |of: fn(&Round) -> f64| median(counted.iter().map(of).collect());
-                let one = 1e3 * middle(|round| round.work.one);
-                let two = 1e3 * middle(|round| round.work.two);
-                let faster = middle(|round| round.work.faster());
-                let cpus = middle(|round| round.cpus);
+                };
+                let Medians { faster, cpus, .. } = medians;
+                let [one, two] = [medians.one, medians.two].map(|seconds| 1e3 * seconds);
                 let goal = if has_goal {
                     "   goal: at least 1.8"
                 } else {
                     ""
                 };
-                println!(" {one:7.1} ms {two:9.1} ms {faster:11.2} {cpus:14.2} {rounds:11}{goal}");
+                println!(" {one:7.1} ms {two:9.1} ms {faster:11.2} {cpus:14.2} {made:11}{goal}");
                 met &= !has_goal || faster >= GOAL;
             }
         }
         Ok(met)
-    }
-
-    struct Round {
-        work: Times,
-        /// How much faster arithmetic was, before or after: the less of both.
-        cpus: f64,
-    }
-
-    /// The rounds that count, and how many there were.
-    ///
-    /// A machine that shares its CPUs with others gives two threads the time of one now and then, whatever they do: what it
-    /// gave to arithmetic says when.
-    fn rounds(work: impl Fn(usize, usize) + Sync) -> (Vec<Round>, usize) {
-        let mut counted = Vec::new();
-        let mut before = Times::of(arithmetic);
-        for round in 1..=ATTEMPTS {
-            let work = Times::of(&work);
-            let after = Times::of(arithmetic);
-            let cpus = before.faster().min(after.faster());
-            if cpus >= TWO_CPUS {
-                counted.push(Round { work, cpus });
-            }
-            if counted.len() == COUNTED {
-                return (counted, round);
-            }
-            before = after;
-        }
-        (counted, ATTEMPTS)
-    }
-
-    /// Seconds that the same work takes one thread, and two.
-    struct Times {
-        one: f64,
-        two: f64,
-    }
-
-    impl Times {
-        /// Of `work(thread, threads)`, a thread's share.
-        fn of(work: impl Fn(usize, usize) + Sync) -> Self {
-            let one = with_threads(1, &work);
-            let two = with_threads(2, &work);
-            Self { one, two }
-        }
-
-        fn faster(&self) -> f64 {
-            self.one / self.two
-        }
-    }
-
-    /// Work that needs nothing but a CPU.
-    fn arithmetic(_: usize, threads: usize) {
-        const STEPS: u64 = 8 << 20;
-        let mut sum = 0u64;
-        for step in 0..STEPS / threads as u64 {
-            sum = black_box(sum.wrapping_mul(3) ^ step);
-        }
-        black_box(sum);
-    }
-
-    /// Seconds until all threads have done their share.
-    fn with_threads(threads: usize, work: &(impl Fn(usize, usize) + Sync)) -> f64 {
-        let start = Barrier::new(threads);
-        std::thread::scope(|scope| {
-            let running: Vec<_> = (0..threads)
-                .map(|thread| {
-                    let start = &start;
-                    scope.spawn(move || {
-                        start.wait();
-                        let begun = Instant::now();
-                        work(thread, threads);
-                        (begun, Instant::now())
-                    })
-                })
-                .collect();
-            let times: Vec<_> = running
-                .into_iter()
-                .map(|thread| thread.join().expect("the work does not panic"))
-                .collect();
-            let begun = times.iter().map(|(begun, _)| *begun).min();
-            let ended = times.iter().map(|(_, ended)| *ended).max();
-            let elapsed = begun.zip(ended).map(|(begun, ended)| ended - begun);
-            elapsed.expect("there are threads").as_secs_f64()
-        })
-    }
-
-    fn median<T: PartialOrd + Copy>(mut values: Vec<T>) -> T {
-        values.sort_by(|one, other| one.partial_cmp(other).expect("no NaN is measured"));
-        values[values.len() / 2]
     }
 }
 

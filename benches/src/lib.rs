@@ -1,0 +1,3 @@
+//! What the benchmarks' programs share.
+
+pub mod scaling;
