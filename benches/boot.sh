@@ -67,5 +67,5 @@ echo 'Resident memory of the VMM beyond the guest, guest idle'
 goal 'Tagvisor, KiB' "$(own_kib tagvisor)" 5120
 printf '  %-52s %8s\n' 'QEMU, KiB' "$(own_kib qemu)"
 echo 'Size of the program, statically linked, as it is released'
-goal 'tagvisor, KiB' $(($(stat -c %s "$(command -v tagvisor)") / 1024)) 8192
+goal 'tagvisor, KiB' "$(ratio "$(stat -c %s "$(command -v tagvisor)")" 1024)" 8192
 exit $missed

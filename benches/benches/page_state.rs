@@ -11,7 +11,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 
-use benches::scaling::{Plan, Rounds, TWO_CPUS, with_threads};
+use benches::scaling::{Plan, Rounds, TWO_CPUS, Work, with_threads};
 use engine::model::PageState;
 
 const PAGES: usize = 1 << 15;
@@ -52,31 +52,30 @@ fn with_one_mutex(lock: &Mutex<()>, page: &Page) {
     with_page_state(page);
 }
 
-/// A thread's share of the pages. It is touched once.
-fn share(threads: usize) -> Vec<Page> {
-    (0..PAGES / threads).map(|_| Page::stale()).collect()
+/// An equal share of the pages for each thread, touched once.
+struct FirstTouches<T>(T);
+
+impl<T: Fn(&Page) + Sync> Work for FirstTouches<T> {
+    type Share = Vec<Page>;
+
+    fn prepare(&self, _: usize, threads: usize) -> Vec<Page> {
+        (0..PAGES / threads).map(|_| Page::stale()).collect()
+    }
+
+    fn run(&self, pages: &mut Vec<Page>) {
+        pages.iter().for_each(&self.0);
+    }
+
+    fn check(&self, pages: &Vec<Page>) {
+        assert!(pages.iter().all(|page| page.state.is_tagged()));
+    }
 }
 
-/// Million pages a second, if `threads` threads touch an equal share of the pages each.
-fn rate(runs: usize, threads: usize, touch: impl Fn(&Page) + Sync) -> f64 {
-    let run = |_| {
-        with_threads(
-            threads,
-            |_, threads| share(threads),
-            |pages| pages.iter().for_each(&touch),
-        )
-    };
+/// Million pages a second in the best of so many runs.
+fn rate(runs: usize, threads: usize, touches: &impl Work) -> f64 {
+    let run = |_| with_threads(threads, touches);
     let shortest = (0..runs).map(run).fold(f64::INFINITY, f64::min);
     (PAGES / threads * threads) as f64 / shortest / 1e6
-}
-
-/// Two threads against one.
-fn scaling(plan: Plan, touch: impl Fn(&Page) + Sync) -> Rounds {
-    Rounds::measure(
-        plan,
-        |_, threads| share(threads),
-        |pages| pages.iter().for_each(&touch),
-    )
 }
 
 fn main() -> ExitCode {
@@ -86,22 +85,22 @@ fn main() -> ExitCode {
         false => (RUNS, Plan::FULL),
     };
     let lock = Mutex::new(());
-    let most = thread::available_parallelism().map_or(2, usize::from);
+    let page_state = FirstTouches(with_page_state);
+    let one_mutex = FirstTouches(|page: &Page| with_one_mutex(&lock, page));
+    let most = thread::available_parallelism()
+        .map_or(2, usize::from)
+        .max(2);
     println!("First touches, million pages a second (best of {runs} runs)");
     println!("threads   page state         one mutex");
-    for threads in (1..=most.max(2)).filter(|threads| threads.is_power_of_two()) {
-        let state = rate(runs, threads, with_page_state);
-        let mutex = rate(runs, threads, |page| with_one_mutex(&lock, page));
+    for threads in (1..=most).filter(|threads| threads.is_power_of_two() || *threads == most) {
+        let state = rate(runs, threads, &page_state);
+        let mutex = rate(runs, threads, &one_mutex);
         println!("{threads:>7} {state:>12.2} {mutex:>17.2}");
     }
     println!("Two threads against one, medians of rounds in which arithmetic scaled by {TWO_CPUS}");
     let ways = [
-        ("page state", scaling(plan, with_page_state), true),
-        (
-            "one mutex",
-            scaling(plan, |page| with_one_mutex(&lock, page)),
-            false,
-        ),
+        ("page state", Rounds::measure(plan, &page_state), true),
+        ("one mutex", Rounds::measure(plan, &one_mutex), false),
     ];
     let mut met = true;
     for (name, rounds, has_goal) in ways {

@@ -11,6 +11,21 @@ use std::time::Instant;
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
+/// What is measured: it is divided among threads.
+pub trait Work: Sync {
+    /// What a thread has to do of it.
+    type Share;
+
+    /// Makes the share of one of `threads` threads ready.
+    fn prepare(&self, thread: usize, threads: usize) -> Self::Share;
+
+    /// Does it: the time of this is measured.
+    fn run(&self, share: &mut Self::Share);
+
+    /// Sees that it is done.
+    fn check(&self, _: &Self::Share) {}
+}
+
 /// How many rounds are to count, and how many are made for them at most.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
@@ -42,8 +57,8 @@ pub struct Rounds {
     counted: Vec<Round>,
     /// How many there were, with those that did not count.
     pub made: usize,
-    /// Whether as many counted as were to.
-    pub is_enough: bool,
+    /// How many were to count.
+    wanted: usize,
 }
 
 #[derive(Debug)]
@@ -67,29 +82,22 @@ pub struct Medians {
 }
 
 impl Rounds {
-    /// Measures the same work by one thread and by two. `prepare(thread, threads)` makes a thread's share ready, and `work` is what
-    /// is measured of it.
-    pub fn measure<S>(
-        plan: Plan,
-        prepare: impl Fn(usize, usize) -> S + Sync,
-        work: impl Fn(&mut S) + Sync,
-    ) -> Self {
-        let arithmetic = || Times::of(&|_, threads| threads, &|threads| arithmetic(*threads));
+    /// Measures the same work by one thread and by two.
+    pub fn measure(plan: Plan, work: &impl Work) -> Self {
         let mut rounds = Self {
             counted: Vec::new(),
             made: 0,
-            is_enough: false,
+            wanted: plan.counted,
         };
-        let mut before = arithmetic();
-        while rounds.made < plan.attempts && !rounds.is_enough {
-            let work = Times::of(&prepare, &work);
-            let after = arithmetic();
+        let mut before = Times::of(&Arithmetic);
+        while rounds.made < plan.attempts && !rounds.are_enough() {
+            let work = Times::of(work);
+            let after = Times::of(&Arithmetic);
             let cpus = before.faster().min(after.faster());
             if cpus >= TWO_CPUS {
                 rounds.counted.push(Round { work, cpus });
             }
             rounds.made += 1;
-            rounds.is_enough = rounds.counted.len() >= plan.counted;
             before = after;
         }
         rounds
@@ -101,11 +109,15 @@ impl Rounds {
         self.counted.len()
     }
 
+    const fn are_enough(&self) -> bool {
+        self.counted.len() >= self.wanted
+    }
+
     /// Of those that counted; none if too few did.
     #[must_use]
     pub fn medians(&self) -> Option<Medians> {
         let middle = |of: fn(&Round) -> f64| median(self.counted.iter().map(of).collect());
-        self.is_enough.then(|| Medians {
+        self.are_enough().then(|| Medians {
             one: middle(|round| round.work.one),
             two: middle(|round| round.work.two),
             faster: middle(|round| round.work.faster()),
@@ -122,13 +134,10 @@ struct Times {
 }
 
 impl Times {
-    fn of<S>(
-        prepare: &(impl Fn(usize, usize) -> S + Sync),
-        work: &(impl Fn(&mut S) + Sync),
-    ) -> Self {
+    fn of(work: &impl Work) -> Self {
         Self {
-            one: with_threads(1, prepare, work),
-            two: with_threads(2, prepare, work),
+            one: with_threads(1, work),
+            two: with_threads(2, work),
         }
     }
 
@@ -137,27 +146,33 @@ impl Times {
     }
 }
 
-/// Work that needs nothing but a CPU: the share of one of so many threads.
-fn arithmetic(threads: usize) {
-    const STEPS: u64 = 8 << 20;
-    let mut sum = 0u64;
-    for step in 0..STEPS / threads as u64 {
-        sum = black_box(sum.wrapping_mul(3) ^ step);
+/// Work that needs nothing but a CPU.
+struct Arithmetic;
+
+impl Work for Arithmetic {
+    /// Steps.
+    type Share = u64;
+
+    fn prepare(&self, _: usize, threads: usize) -> u64 {
+        (8 << 20) / threads as u64
     }
-    black_box(sum);
+
+    fn run(&self, steps: &mut u64) {
+        let mut sum = 0u64;
+        for step in 0..*steps {
+            sum = black_box(sum.wrapping_mul(3) ^ step);
+        }
+        black_box(sum);
+    }
 }
 
 /// Seconds until all threads have done their share, each on a CPU of its own as far as there are so many.
-pub fn with_threads<S>(
-    threads: usize,
-    prepare: impl Fn(usize, usize) -> S + Sync,
-    work: impl Fn(&mut S) + Sync,
-) -> f64 {
+pub fn with_threads(threads: usize, work: &impl Work) -> f64 {
     let (ready, awake) = (Barrier::new(threads), AtomicUsize::new(0));
     let cpus = cpus();
     let share = |thread| {
         pin(cpus[thread % cpus.len()]);
-        let mut share = prepare(thread, threads);
+        let mut share = work.prepare(thread, threads);
         ready.wait();
         // Who comes from the barrier may have been asleep: nobody begins before all are awake.
         awake.fetch_add(1, Ordering::Relaxed);
@@ -165,8 +180,10 @@ pub fn with_threads<S>(
             spin_loop();
         }
         let begun = Instant::now();
-        work(&mut share);
-        (begun, Instant::now())
+        work.run(&mut share);
+        let ended = Instant::now();
+        work.check(&share);
+        (begun, ended)
     };
     let times: Vec<_> = thread::scope(|scope| {
         let running: Vec<_> = (0..threads)

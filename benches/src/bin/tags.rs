@@ -6,11 +6,12 @@
 #[cfg(target_arch = "aarch64")]
 mod bench {
     use std::error::Error;
+    use std::ops::Range;
     use std::process::ExitCode;
     use std::sync::Arc;
     use std::time::Instant;
 
-    use benches::scaling::{Medians, Plan, Rounds, TWO_CPUS, median};
+    use benches::scaling::{self, Medians, Plan, Rounds, TWO_CPUS, median};
     use engine::Hypervisor;
     use engine::kvm::KvmHypervisor;
     use mte::{Tag, TagPage};
@@ -69,7 +70,7 @@ mod bench {
             Ok(())
         }
 
-        fn read(&self, store: &dyn TagStore, pages: std::ops::Range<usize>) {
+        fn read(&self, store: &dyn TagStore, pages: Range<usize>) {
             let mut tags = vec![TagPage::ZERO; BATCH];
             for page in pages.step_by(BATCH) {
                 store
@@ -78,7 +79,7 @@ mod bench {
             }
         }
 
-        fn write(&self, store: &dyn TagStore, pages: std::ops::Range<usize>) {
+        fn write(&self, store: &dyn TagStore, pages: Range<usize>) {
             let tags = vec![TagPage::filled(Tag::from_low_bits(5)); BATCH];
             for page in pages.step_by(BATCH) {
                 store
@@ -88,7 +89,7 @@ mod bench {
         }
     }
 
-    type Work = fn(&Guest, &dyn TagStore, std::ops::Range<usize>);
+    type Work = fn(&Guest, &dyn TagStore, Range<usize>);
 
     pub fn main() -> Result<ExitCode> {
         let met = match std::env::args().nth(1).as_deref() {
@@ -133,10 +134,37 @@ mod bench {
         Ok(met)
     }
 
+    /// Pages that a thread reaches in each half of the guest's memory that is its own.
+    const SHARE: usize = 4096;
+
+    /// Pages at the beginning of each half of the guest's memory: the emulator notes which tags were written, in a bit for those of
+    /// 32 pages, and two CPUs that set bits of one word wait for each other.
+    struct FarApart<'a> {
+        guest: &'a Guest,
+        store: &'a dyn TagStore,
+        reach: Work,
+    }
+
+    impl scaling::Work for FarApart<'_> {
+        type Share = Vec<Range<usize>>;
+
+        fn prepare(&self, thread: usize, threads: usize) -> Self::Share {
+            let first = |half| half * self.guest.pages / 2;
+            let halves = (thread..2).step_by(threads);
+            halves
+                .map(|half| first(half)..first(half) + SHARE)
+                .collect()
+        }
+
+        fn run(&self, ranges: &mut Self::Share) {
+            for range in ranges {
+                (self.reach)(self.guest, self.store, range.clone());
+            }
+        }
+    }
+
     fn scaling() -> Result<bool> {
         const GOAL: f64 = 1.8;
-        /// Pages that a thread reaches in each half of the guest's memory.
-        const SHARE: usize = 4096;
         let guest = Guest::new(65536)?;
         guest.fill()?;
         let pages = 2 * SHARE;
@@ -151,15 +179,12 @@ mod bench {
         ];
         for (name, store, has_goal) in ways {
             for (what, work) in [("read", Guest::read as Work), ("write", Guest::write)] {
-                // The shares are far apart: the emulator notes which tags were written, in a bit for those of 32 pages, and
-                // two CPUs that set bits of one word wait for each other.
-                let mine = |thread, threads| (thread..2).step_by(threads);
-                let rounds = Rounds::measure(Plan::FULL, mine, |shares| {
-                    for share in shares {
-                        let first = share * guest.pages / 2;
-                        work(&guest, store, first..first + SHARE);
-                    }
-                });
+                let far_apart = FarApart {
+                    guest: &guest,
+                    store,
+                    reach: work,
+                };
+                let rounds = Rounds::measure(Plan::FULL, &far_apart);
                 let (counted, made) = (rounds.counted(), rounds.made);
                 print!("  {name} {what:6}");
                 let Some(medians) = rounds.medians() else {
